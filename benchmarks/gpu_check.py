@@ -36,6 +36,7 @@ TESTS = (
     "tests/kernels/test_triton_quantized.py",
     "tests/kernels/test_quantized_kv.py",
     "tests/kernels/test_triton.py",
+    "tests/kernels/test_triton_decoding.py",
     "tests/kernels/test_triton_sampling.py",
     "tests/engine/execution/test_cuda_graph.py",
     "tests/gpu",

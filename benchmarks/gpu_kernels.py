@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class Sizes:
     heads: HeadShape
     rows: tuple[int, ...]  # tokens in a step, from decoding to a prompt
     decoding: tuple[tuple[int, int], ...]  # (sequences, keys of each)
+    uneven: tuple[tuple[int, int], ...]  # the same, side by side in one step
     prompts: tuple[tuple[int, int], ...]  # (sequences, tokens of each)
     ranks: tuple[int, ...]  # of adapters side by side
     cold_bytes: int
@@ -56,6 +58,7 @@ EIGHT_BILLION = Sizes(
     heads=HeadShape(32, 8, 128),
     rows=(1, 8, 64, 2048),
     decoding=((1, 1024), (1, 32768), (8, 4096), (64, 1024)),
+    uneven=((1, 32768), (64, 1024)),
     prompts=((1, 2048), (8, 512)),
     ranks=(16, 16, 8, 64, 16, 32, 8, 16),
     cold_bytes=COLD_BYTES,
@@ -66,6 +69,7 @@ TINY = Sizes(
     heads=HeadShape(4, 2, 16),
     rows=(1, 5),
     decoding=((2, 40),),
+    uneven=((1, 600), (2, 40)),
     prompts=((1, 12),),
     ranks=(4, 16),
     cold_bytes=0,
@@ -167,7 +171,8 @@ class Cases:
             yield self.lora("lora, one adapter", rows, self.sizes.ranks[:1])
             yield self.lora(f"lora, {len(self.sizes.ranks)} adapters of mixed ranks", rows, self.sizes.ranks)
         for sequences, keys in self.sizes.decoding:
-            yield self.decode(sequences, keys)
+            yield self.decode((sequences, keys))
+        yield self.decode(*self.sizes.uneven)
         for sequences, tokens in self.sizes.prompts:
             yield self.prompt(sequences, tokens)
 
@@ -288,44 +293,53 @@ class Cases:
         flops = sum((end - start) * 2 * ranks[slot] * (len(parts) * hidden + total) for slot, start, end in ranges)
         return Case(f"{name}, {rows} rows", moved * size, flops, make)
 
-    def decode(self, sequences: int, keys: int) -> Case:
+    def decode(self, *groups: tuple[int, int]) -> Case:
+        """Groups of (sequences, keys of each) in one step."""
         heads = self.sizes.heads
-        moved = 2 * sequences * keys * heads.num_kv_heads * heads.head_dim * self.dtype.itemsize
-        make = self._attention(sequences, keys, 1)
-        return Case(f"attention, {sequences} decoding over {keys} keys", moved, 0, make)
+        keys = sum(sequences * each for sequences, each in groups)
+        moved = 2 * keys * heads.num_kv_heads * heads.head_dim * self.dtype.itemsize
+        name = " and ".join(f"{sequences} decoding over {each} keys" for sequences, each in groups)
+        return Case(f"attention, {name}", moved, 0, self._attention(groups, prompts=False))
 
     def prompt(self, sequences: int, tokens: int) -> Case:
         heads = self.sizes.heads
         flops = 2 * sequences * tokens * tokens * heads.num_heads * heads.head_dim  # half of 4: causal
         columns = 2 * heads.num_heads + 2 * heads.num_kv_heads
         moved = sequences * tokens * columns * heads.head_dim * self.dtype.itemsize
-        make = self._attention(sequences, tokens, tokens)
+        make = self._attention([(sequences, tokens)], prompts=True)
         return Case(f"attention, {sequences} prompts of {tokens} tokens", moved, flops, make)
 
-    def _attention(self, sequences: int, keys: int, new: int) -> Callable[[], tuple[Call, Call]]:
+    def _attention(self, groups: Sequence[tuple[int, int]], prompts: bool) -> Callable[[], tuple[Call, Call]]:
+        """Groups of (sequences, keys of each). All of these keys are of new tokens, or all but the last."""
         heads = self.sizes.heads
-        per_sequence = -(-keys // BLOCK_SIZE)
-        num_blocks, scale = sequences * per_sequence, heads.head_dim**-0.5
+        lengths = [keys for sequences, keys in groups for _ in range(sequences)]
+        new = lengths if prompts else [1] * len(lengths)
+        per_sequence = -(-max(lengths) // BLOCK_SIZE)
+        num_blocks, scale = len(lengths) * per_sequence, heads.head_dim**-0.5
+
+        def dense(sequences: int, keys: int) -> Call:
+            """torch's gets contiguous keys, without a block table, and sequences of one length."""
+            q = self.random(sequences, heads.num_heads, keys if prompts else 1, heads.head_dim)
+            k, v = (self.random(sequences, heads.num_kv_heads, keys, heads.head_dim) for _ in range(2))
+            return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=prompts, enable_gqa=True)
 
         def make() -> tuple[Call, Call]:
             empty = self.ops.allocate_kv(num_blocks, BLOCK_SIZE, heads, self.dtype)
             cache = LayerKV(self.random(*empty.k.shape), self.random(*empty.v.shape), num_blocks, BLOCK_SIZE)
             tables = torch.randperm(num_blocks, generator=self._generator, device=self.ops.device).int()
             metadata = AttentionMetadata(
-                self.int32([s * new for s in range(sequences + 1)]),
-                self.int32([keys] * sequences),
-                tables.view(sequences, per_sequence),
-                torch.zeros(sequences * new, dtype=torch.long, device=self.ops.device),
-                new,
-                keys,
+                self.int32([0, *accumulate(new)]),
+                self.int32(lengths),
+                tables.view(len(lengths), per_sequence),
+                torch.zeros(sum(new), dtype=torch.long, device=self.ops.device),
+                max(new),
+                max(lengths),
             )
-            q = self.random(sequences * new, heads.num_heads, heads.head_dim)
-            # torch's gets contiguous keys, without a block table
-            dense_q = q.view(sequences, new, heads.num_heads, heads.head_dim).transpose(1, 2)
-            k, v = (self.random(sequences, heads.num_kv_heads, keys, heads.head_dim) for _ in range(2))
+            q = self.random(sum(new), heads.num_heads, heads.head_dim)
+            theirs = [dense(*group) for group in groups]
             return (
                 lambda: self.ops.paged_attention(q, cache, metadata, scale, None, None),
-                lambda: F.scaled_dot_product_attention(dense_q, k, v, is_causal=new > 1, enable_gqa=True),
+                lambda: [call() for call in theirs],
             )
 
         return make

@@ -57,10 +57,11 @@ def int32(values):
     [
         ([8000, 3, 4097], [1, 1, 1]),
         ([100 + 7 * i for i in range(64)], [1] * 64),
+        ([20000, *[300] * 64], [1] * 65),
         ([1500], [1500]),
         ([3000, 700, 64, 1000, 1], [500, 1, 64, 1, 1]),
     ],
-    ids=["few long", "many", "prompt", "mixed"],
+    ids=["few long", "many", "one long among many", "prompt", "mixed"],
 )
 @pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (512, 30.0)])
 def test_attention(ops, reference, random, heads, lengths, new, window, soft_cap):

@@ -197,7 +197,7 @@ class Launches:
             self.attention(eight_billion, [300], [900], stored=stored)
             self.attention(gemma, [1], [9000], 512, 50.0, stored=stored)
             self.attention(gemma, [300], [900], 512, 50.0, stored=stored)
-        self.attention(HeadShape(14, 2, 64), [1] * 64, [900] * 64)  # so many that no sequence is split
+        self.attention(HeadShape(14, 2, 64), [1] * 65, [200] * 65)  # of one chunk each
         sinks = torch.zeros(14)
         for new, lengths in (([1], [3000]), ([1] * 64, [900] * 64), ([300], [900])):
             self.attention(HeadShape(14, 2, 64), new, lengths, 128, sinks=sinks)

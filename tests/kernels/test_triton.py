@@ -271,7 +271,7 @@ def test_attention_of_a_chunk_longer_than_a_tile(random, queries):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (700, None), (40, 3.0)])
 def test_decoding_split_over_the_keys(random, dtype, window, soft_cap):
-    """1100 keys in four splits; one sequence has keys for a single split, one for two."""
+    """1100 keys in five chunks; one sequence has keys for a single chunk, one for two."""
     Attention(random, (4, 1, 64), [1100, 3, 300], [1, 1, 1], 16, dtype).check(window, soft_cap)
 
 

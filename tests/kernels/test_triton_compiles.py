@@ -34,6 +34,7 @@ MOST_REGISTERS = 255
 SPILLED_BYTES = {"bfloat16": 64, "float16": 64, "float32": 640}
 KERNELS = {
     "_attention",
+    "_decode",
     "_combine",
     "_shrink",
     "_expand",

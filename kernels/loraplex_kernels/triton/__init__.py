@@ -37,7 +37,8 @@ from loraplex_kernels.reference import ReferenceLinear, weighted_sums
 from loraplex_kernels.routes import route
 from loraplex_kernels.sampling import TorchSampling
 from loraplex_kernels.triton.activation import activate, activate_and_mul
-from loraplex_kernels.triton.attention import Scoring, paged_attention
+from loraplex_kernels.triton.attention import paged_attention
+from loraplex_kernels.triton.attention_tiles import Scoring
 from loraplex_kernels.triton.draw import cut_logits, draw_tokens
 from loraplex_kernels.triton.grouped import TritonGroup, grouped_linear
 from loraplex_kernels.triton.integers import TritonIntegerLinear, integer_linear

@@ -1,5 +1,6 @@
 """What a captured graph reads: padded inputs at fixed addresses. Capturing itself is tested in tests/gpu."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -59,19 +60,26 @@ def tensor(values, dtype=torch.int32):
     return torch.tensor(values, dtype=dtype, device=DEVICE)
 
 
+def batch_of(lens, ranges):
+    """One new token for each sequence of up to so many tokens. Their blocks follow each other."""
+    blocks = itertools.count(1)
+    tables = [[next(blocks) if place * BLOCK_SIZE < n else 0 for place in range(3)] for n in lens]
+    slots = [tables[s][(n - 1) // BLOCK_SIZE] * BLOCK_SIZE + (n - 1) % BLOCK_SIZE for s, n in enumerate(lens)]
+    count = len(lens)
+    return StepBatch(
+        token_ids=tensor(range(7, 7 + count), torch.int64),
+        positions=tensor([n - 1 for n in lens], torch.int64),
+        attention=AttentionMetadata(
+            tensor(range(count + 1)), tensor(lens), tensor(tables), tensor(slots, torch.int64), 1, max(lens)
+        ),
+        lora=LoraSegments(ranges, *map(tensor, zip(*ranges, strict=True))) if ranges else None,
+        logits_rows=tensor(range(count), torch.int64),
+    )
+
+
 def decode_batch(with_adapters):
     """Three sequences with 5, 1 and 9 tokens, the last two of the adapter in slot 1."""
-    tables, lens = [[1, 2, 0], [3, 0, 0], [6, 5, 4]], [5, 1, 9]
-    slots = [tables[s][(n - 1) // BLOCK_SIZE] * BLOCK_SIZE + (n - 1) % BLOCK_SIZE for s, n in enumerate(lens)]
-    return StepBatch(
-        token_ids=tensor([7, 8, 9], torch.int64),
-        positions=tensor([4, 0, 8], torch.int64),
-        attention=AttentionMetadata(
-            tensor([0, 1, 2, 3]), tensor(lens), tensor(tables), tensor(slots, torch.int64), 1, max(lens)
-        ),
-        lora=LoraSegments(((1, 1, 3),), tensor([1]), tensor([1]), tensor([3])) if with_adapters else None,
-        logits_rows=tensor([0, 1, 2], torch.int64),
-    )
+    return batch_of([5, 1, 9], ((1, 1, 3),) if with_adapters else ())
 
 
 @torch.inference_mode()
@@ -109,3 +117,28 @@ def test_adapters_within_what_was_reserved_change_no_graph(ops, model):
     table.put(0, ops.pack_lora(LoraWeights(a, tuple(LoraSlice(40 * i, 4 * i, part) for i in range(3)))))
     assert (ops.lora_growth, table.capacity, table.slice_capacity) == (growth, 128, 64)
     table.remove(0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's launches are recorded")
+@torch.inference_mode()
+def test_launches_are_the_same_for_any_batch_of_a_captured_size(ops, model, monkeypatch):
+    """A graph repeats grids and arguments as they were captured, whoever is in the batch that it is replayed for."""
+    interpreter, launches = pytest.importorskip("triton.runtime.interpreter"), []
+    launch = interpreter.GridExecutor.__call__
+
+    def record(executor, *args, **kwargs):
+        values = [value.shape if isinstance(value, torch.Tensor) else value for value in (*args, *kwargs.values())]
+        launches.append((executor.fn.__name__, executor.grid, values))
+        launch(executor, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", record)
+    inputs = DecodeInputs(MAX_NUM_SEQS, MAX_MODEL_LEN, BLOCK_SIZE, DEVICE)
+    cache = create_kv_cache(model.config, ops, NUM_BLOCKS, BLOCK_SIZE, torch.float32)
+    recorded = []
+    for lengths, ranges in (([5, 1, 9], ((1, 1, 3),)), ([1, 12, 2, 1, 7, 3], ((0, 0, 2), (1, 2, 3), (0, 4, 6)))):
+        inputs.fill(batch_of(lengths, ranges), 6)
+        model.forward(inputs.batch(6, True), cache)
+        recorded.append(launches[:])
+        launches.clear()
+    assert {"_decode", "_shrink", "_expand"} <= {name for name, _, _ in recorded[0]}
+    assert recorded[0] == recorded[1]
