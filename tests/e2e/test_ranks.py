@@ -1,4 +1,4 @@
-"""A model of two ranks, one of which is killed or stopped under streams: the streams do not notice."""
+"""A model of two ranks or stages, one of which is killed or stopped under streams: the streams do not notice."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import pytest
 from loraplex import AsyncClient
 from tests.e2e.conftest import DEMO, MODELS, START_SECONDS, Server, running_server
 
-STREAMS, TOKENS = 8, 48
+STREAMS, TOKENS = 32, 48
 HEARTBEAT_TIMEOUT_SECONDS = 10.0
 HANGING_SECONDS = 300.0  # ends what would never end
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=["tensor_parallel", "pipeline_parallel"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     name = "storyteller"
     model = {"name": name, "model": str(DEMO / "models" / name), "dtype": "float32", "kv_cache_bytes": 16 << 20}
-    model |= {"device": "cpu", "tensor_parallel": 2}
+    model |= {"device": "cpu", request.param: 2}
     supervision = {
         "heartbeat_seconds": 0.2,
         "heartbeat_timeout_seconds": HEARTBEAT_TIMEOUT_SECONDS,
@@ -39,11 +39,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def follower(server: Server) -> int:
-    """The pid of the second rank, a child of the engine."""
+def ranks(server: Server) -> tuple[int, int]:
+    """The pids of the engine, which is the first rank, and of the second, its child."""
     (engine,) = server.engine_pids()
     (pid,) = Path(f"/proc/{engine}/task/{engine}/children").read_text().split()
-    return int(pid)
+    return engine, int(pid)
 
 
 async def generated(client: AsyncClient, number: int, begun: asyncio.Semaphore) -> list[int]:
@@ -60,8 +60,7 @@ async def generated(client: AsyncClient, number: int, begun: asyncio.Semaphore) 
 async def test_an_idle_rank_that_stands_still_is_replaced(server: Server) -> None:
     async with AsyncClient(server.data, timeout=HANGING_SECONDS) as client, asyncio.timeout(HANGING_SECONDS):
         await client.wait_until_serving("models/storyteller", timeout=START_SECONDS)
-        (engine,) = server.engine_pids()
-        struck = follower(server)
+        engine, struck = ranks(server)
         ends = [os.pidfd_open(pid) for pid in (engine, struck)]
         os.kill(struck, signal.SIGSTOP)
         for end in ends:
@@ -72,8 +71,9 @@ async def test_an_idle_rank_that_stands_still_is_replaced(server: Server) -> Non
         assert await generated(client, 0, asyncio.Semaphore(0))
 
 
+@pytest.mark.parametrize("rank", [0, 1], ids=["first", "second"])
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-async def test_streams_outlive_a_rank_token_by_token(server: Server, fault: signal.Signals) -> None:
+async def test_streams_outlive_a_rank_token_by_token(server: Server, fault: signal.Signals, rank: int) -> None:
     async with AsyncClient(server.data, timeout=HANGING_SECONDS) as client, asyncio.timeout(HANGING_SECONDS):
         await client.wait_until_serving("models/storyteller", timeout=START_SECONDS)
         begun = asyncio.Semaphore(0)
@@ -82,7 +82,7 @@ async def test_streams_outlive_a_rank_token_by_token(server: Server, fault: sign
         streams = [asyncio.create_task(generated(client, number, begun)) for number in range(STREAMS)]
         for _ in range(STREAMS):
             await begun.acquire()
-        struck = follower(server)
-        os.kill(struck, fault)
+        before = ranks(server)
+        os.kill(before[rank], fault)
         assert await asyncio.gather(*streams) == expected
-        assert follower(server) != struck
+        assert not {*ranks(server)} & {*before}

@@ -114,6 +114,21 @@ def test_a_rank_needs_its_part_of_the_matrices_and_the_whole_embedding(model: Pa
     assert needs.cache == 5000
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_stage_needs_the_layers_and_ends_that_it_has(model: Path, tmp_path: Path, tied: bool) -> None:
+    config_json = CONFIG | {"num_hidden_layers": 3, "tie_word_embeddings": tied}
+    (tmp_path / "config.json").write_text(json.dumps(config_json))
+    shapes = tensor_shapes(parse_model_config(config_json, "config.json"))
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    config, ops = EngineConfig(model=str(tmp_path), pipeline_parallel=2), select_ops(torch.device("cpu"), "reference")
+    stages = [load_model(config, tmp_path, ops, ranks=Alone(Shard(0, 1, stage, 2))) for stage in (0, 1)]
+    assert [stage.num_layers for stage in stages] == [1, 2]
+    needs = needs_of(config, tmp_path)
+    assert needs.weights == max(stage.nbytes for stage in stages)
+    of_layer = needs_of(EngineConfig(model=str(model)), model).cache
+    assert needs.cache == 2 * of_layer
+
+
 def test_ranks_that_share_a_head_of_keys_have_it_whole_in_their_caches(model: Path) -> None:
     one, two = (needs_of(EngineConfig(model=str(model), tensor_parallel=ranks), model) for ranks in (1, 2))
     assert two.cache == one.cache

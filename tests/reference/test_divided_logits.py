@@ -1,10 +1,11 @@
-"""Every model family, divided between two ranks, against one rank: the same logits with and without adapters."""
+"""Every model family, divided between ranks, against one rank: the same logits with and without adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Barrier
 
 import pytest
@@ -47,6 +48,13 @@ FIRST = (
 )
 
 
+STAGES = tuple(Shard(0, 1, stage, 2) for stage in (0, 1))
+
+
+def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    return () if name in FIRST else (pytest.mark.long,)
+
+
 def modules(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Every linear of the layers, and the head: [N, C]."""
     found = {} if config.tie_word_embeddings else {HEAD_MODULE: (config.vocab_size, config.hidden_size)}
@@ -63,13 +71,16 @@ class Divided:
 
     def __init__(self, path: Path, ranks: Sequence[Shard], adapters: Sequence[tuple[AdapterKey, Path]]) -> None:
         self._path, self._ranks, self._adapters = path, ranks, adapters
-        self._given: list[Tensor | None] = [None] * len(ranks)
-        self._barrier = Barrier(len(ranks), timeout=60)
+        stages, world = range(ranks[0].stages), ranks[0].world
+        self._given: list[list[Tensor | None]] = [[None] * world for _ in stages]
+        self._barriers = [Barrier(world, timeout=60) for _ in stages]
+        self._passed: list[SimpleQueue[Tensor]] = [SimpleQueue() for _ in ranks]
 
     def logits(self) -> list[Tensor]:
         """Of three sequences in two steps, the first without an adapter."""
         with ThreadPoolExecutor(len(self._ranks)) as threads:
-            first, *others = threads.map(self._run, self._ranks)
+            found = list(threads.map(self._run, self._ranks))
+        first, *others = found[: self._ranks[0].world]  # the first stage
         for other in others:
             assert all(map(torch.equal, other, first))
         return first
@@ -78,14 +89,15 @@ class Divided:
         try:
             return self._computed(shard)
         except BaseException:
-            self._barrier.abort()
+            for barrier in self._barriers:
+                barrier.abort()
             raise
 
     def _computed(self, shard: Shard) -> list[Tensor]:
         ops = select_ops(torch.device("cpu"), "reference")
         config = EngineConfig(model=str(self._path), dtype="float32", max_resident_adapters=4, max_model_len=64)
-        rank = Together(shard, self._given, self._barrier)
-        model = load_model(config, self._path, ops, ranks=rank if shard.world > 1 else ALONE)
+        rank = Together(shard, self._given[shard.stage], self._barriers[shard.stage], self._passed)
+        model = load_model(config, self._path, ops, ranks=rank if shard.processes > 1 else ALONE)
         sites = model.lora_sites()
 
         def total(name: str, part: Tensor) -> Tensor:
@@ -95,33 +107,55 @@ class Divided:
             loaded = load_adapter(key, directory, model.lora_targets(), model.dtype, 4, ops.pack_lora, total=total)
             for site, packed in loaded.packed.items():
                 sites[site].table.put(slot, packed)
-        stepper = Stepper(model, prompts(), ops)
+        stepper = Stepper(model, prompts(), ops, has_head=shard.is_first)
         lora = [(sequence, slot) for slot, sequence in enumerate((1, 2)) if slot < len(self._adapters)]
         stepper.step((0, 11), (1, 9), (2, 6), lora=lora)
         stepper.step((0, LENGTHS[0] - 11), (2, LENGTHS[2] - 6), lora=lora[1:])
-        return stepper.results()
+        return stepper.results() if shard.is_first else []
 
 
-def assert_divisible(base: Path, folder: Path) -> None:
-    """Two ranks compute what one computes."""
+def written(base: Path, folder: Path) -> list[tuple[AdapterKey, Path]]:
+    """A LoRA and a DoRA adapter on all linears, and where they are."""
     linears = modules(read_model_config(base))
-    adapters = [(write_lora(folder / str(dora), linears, dora=dora), folder / str(dora)) for dora in (False, True)]
-    one, two = (Divided(base, ranks, adapters).logits() for ranks in ([WHOLE], RANKS))
+    return [(write_lora(folder / str(dora), linears, dora=dora), folder / str(dora)) for dora in (False, True)]
+
+
+def assert_divisible(base: Path, folder: Path, ranks: Sequence[Shard] = RANKS) -> None:
+    """These ranks compute what one computes."""
+    adapters = written(base, folder)
+    one, two = (Divided(base, each, adapters).logits() for each in ([WHOLE], ranks))
     for ours, expected in zip(two, one, strict=True):
         assert (ours - expected).abs().max() < TOLERANCE * expected.abs().max()
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in FIRST else pytest.mark.long)
-        for name in sorted(MODELS)
-        if name not in UNDIVIDED
-    ],
+    [pytest.param(name, marks=marks_of(name)) for name in sorted(MODELS) if name not in UNDIVIDED],
 )
 def test_two_ranks_give_the_logits_of_one(name: str, tmp_path: Path) -> None:
     randomised(MODELS[name]()).save_pretrained(tmp_path / "base")
     assert_divisible(tmp_path / "base", tmp_path)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in sorted(MODELS)])
+def test_two_stages_give_the_bits_of_one(name: str, tmp_path: Path) -> None:
+    randomised(MODELS[name]()).save_pretrained(tmp_path / "base")
+    adapters = written(tmp_path / "base", tmp_path)
+    one, two = (Divided(tmp_path / "base", ranks, adapters).logits() for ranks in ([WHOLE], STAGES))
+    assert all(map(torch.equal, two, one))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmo2"])
+def test_two_stages_of_two_ranks_give_the_logits_of_one(name: str, tmp_path: Path) -> None:
+    randomised(MODELS[name]()).save_pretrained(tmp_path / "base")
+    assert_divisible(tmp_path / "base", tmp_path, [Shard.of_process(process, 2, 2) for process in range(4)])
+
+
+def test_more_stages_than_layers_are_refused(tmp_path: Path) -> None:
+    randomised(llama()).save_pretrained(tmp_path / "base")
+    count = read_model_config(tmp_path / "base").num_layers
+    with pytest.raises(ModelError, match=f"{count} layers cannot be divided into {count + 1} stages"):
+        Divided(tmp_path / "base", [Shard(0, 1, 0, count + 1)], []).logits()
 
 
 @pytest.mark.parametrize("stored", ["F32", "Q4_0", "Q8_0"])

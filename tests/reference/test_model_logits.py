@@ -384,8 +384,11 @@ def expected_logits(theirs: Any, sequences: Sequence[Sequence[int]]) -> list[Ten
 class Stepper:
     """Feeds chosen numbers of tokens of each sequence to a model, over a cache whose blocks are shuffled."""
 
-    def __init__(self, model: Model, sequences: Sequence[Sequence[int]], ops: Ops | None = None) -> None:
+    def __init__(
+        self, model: Model, sequences: Sequence[Sequence[int]], ops: Ops | None = None, has_head: bool = True
+    ) -> None:
         self.model = model
+        self.has_head = has_head  # else it is a later stage
         self.sequences = sequences
         self.done = [0] * len(sequences)
         self.logits: list[list[Tensor]] = [[] for _ in sequences]
@@ -433,7 +436,10 @@ class Stepper:
             lora=segments([(slot, *rows[sequence]) for sequence, slot in lora]),
             logits_rows=torch.arange(len(token_ids)),
         )
-        logits = self.model.logits(self.model.forward(batch, self.kv))
+        hidden = self.model.forward(batch, self.kv)
+        if not self.has_head:
+            return
+        logits = self.model.logits(hidden)
         for sequence, (start, end) in rows.items():
             self.logits[sequence].append(logits[start:end])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -75,9 +75,10 @@ def bind(
         problems.extend(contradictions(placed, tensors, config, dtype))
     if mismatches or problems:
         raise AdapterRejected([*mismatches, *problems], BASE_MISMATCH if mismatches else INVALID)
-    values = Values({**tensors, **dict(_held(resting(placed.values(), rest), tensors))}, dtype, problems, rest, total)
-    settle(placed, targets, config, values)
-    modules = list(placed.values())
+    own = {name: module for name, module in placed.items() if not module.target.is_elsewhere}
+    values = Values({**tensors, **dict(_held(resting(own.values(), rest), tensors))}, dtype, problems, rest, total)
+    settle(own, targets, config, values)
+    modules = list(own.values())
     replaced = replaced_parameters(modules, config, targets, values)
     by_site: dict[str, list[Module]] = {}
     for module in modules:
@@ -86,14 +87,19 @@ def bind(
     weights = {site: stacked(members, config, targets, values) for site, members in by_site.items()}
     if problems:
         raise AdapterRejected(problems)
+    adapted = [module for module in placed.values() if module.is_adapted]
+    elsewhere = [module for module in placed.values() if module.target.is_elsewhere]
+    replaces = bool(replaced) or any(each.parts.keys() & {"weight", "tokens"} for each in elsewhere)
+    trains_bias = any("bias" in each.parts for each in (*modules, *elsewhere))
+    changes = not _all_zero(weights) or any(tensors[each.key("B")].any() for each in elsewhere if each.is_adapted)
     return BoundAdapter(
         weights,
-        {module.name: len(tensors[module.key("A")]) for module in modules if module.is_adapted},
+        {module.name: len(tensors[module.key("A")]) for module in adapted},
         ReplacedParameters(replaced) if replaced else None,
         config.invocation_tokens,
-        _why_whole(config, bool(replaced) or any("bias" in each.parts for each in modules), head is not None),
-        (*split.warnings, *_idle(modules, weights, config, rest)),
-        head,
+        _why_whole(config, replaces or trains_bias, head is not None),
+        (*split.warnings, *_idle(adapted, changes, config, rest)),
+        None if any(each.target.is_elsewhere for each in heads) else head,
     )
 
 
@@ -128,7 +134,7 @@ def _place(split: SplitNames, targets: Mapping[str, LoraTarget], problems: list[
             part = "A" if part == "embedding_A" else "B"
             fits = target.kind is TargetKind.EMBEDDING
         else:
-            norm_without = target.kind is TargetKind.NORM and target.base is None
+            norm_without = target.kind is TargetKind.NORM and target.base is None and not target.is_elsewhere
             fits = part in _PARTS_OF[target.kind] and not (part == "bias" and norm_without)
         if not fits:
             problems.append(f"{name.key}: {reached[0]} is of kind {target.kind.value}, which takes no such tensor")
@@ -194,6 +200,8 @@ def _part_problems(module: Module, config: LoRAConfig, saved: frozenset[str]) ->
         yield f"{module.key('tokens')}: trained rows of tokens that trainable_token_indices does not name"
     if config.invocation_tokens and module.target.kind is TargetKind.EMBEDDING:
         yield f"{module.any_key}: activated LoRA is not defined on an embedding"
+    if module.target.is_elsewhere:
+        return
     base = module.target.base
     if base is None and parts.keys() & {"magnitude", "bias", "base"}:
         yield f"{module.any_key}: needs the base's own weights, which are not at hand"
@@ -336,11 +344,15 @@ def _unmet(
             yield f"adapter_config.json: trainable_token_indices names {end!r}, of which the file holds no rows"
 
 
-def _idle(modules: list[Module], weights: Mapping[str, LoraWeights], config: LoRAConfig, rest: Rest) -> Iterator[str]:
-    """Warnings about parts of the adapter that have no effect."""
-    if all(not part.b.any() for site in weights.values() for part in site.slices):
+def _all_zero(weights: Mapping[str, LoraWeights]) -> bool:
+    return all(not part.b.any() for site in weights.values() for part in site.slices)
+
+
+def _idle(modules: Sequence[Module], changes: bool, config: LoRAConfig, rest: Rest) -> Iterator[str]:
+    """Warnings about parts of the adapter that have no effect.  modules: those with LoRA. changes: whether any does"""
+    if not changes:
         yield "every lora_B is zero, as before training: LoRA changes nothing"
-    adapted = [module.trained_name for module in modules if module.is_adapted]
+    adapted = [module.trained_name for module in modules]
     for field_name, patterns in (("rank_pattern", config.rank_patterns), ("alpha_pattern", config.alpha_patterns)):
         idle = [
             repr(pattern.pattern)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,14 @@ def own_total(name: str, part: Tensor) -> Tensor:
     return part
 
 
+@dataclass(frozen=True, slots=True)
+class OtherLoads:
+    """How a load has ended on the other ranks."""
+
+    rejected: AdapterRejected | None = None  # why one failed; None: well
+    nbytes: int = 0  # the most that one of them holds
+
+
 class Mirror(Protocol):
     """What the other ranks are told. Called from the thread that steps, but for the waits."""
 
@@ -29,11 +38,8 @@ class Mirror(Protocol):
     def total(self, number: int) -> Total:
         """How a load, in its own thread, adds up what each rank has a part of."""
 
-    def finish(self, number: int, rejected: AdapterRejected | None) -> AdapterRejected | None:
-        """Say how a load has ended here and wait for the others, in its own thread → why another failed.
-
-        None: well.
-        """
+    def finish(self, number: int, rejected: AdapterRejected | None) -> OtherLoads:
+        """Say how a load has ended here and wait for the others, in its own thread."""
 
     def forget(self, number: int) -> None:
         """Have them drop what they have read, if they could read it."""
@@ -54,8 +60,8 @@ class NoMirror:
     def total(self, number: int) -> Total:
         return own_total
 
-    def finish(self, number: int, rejected: AdapterRejected | None) -> AdapterRejected | None:
-        return None
+    def finish(self, number: int, rejected: AdapterRejected | None) -> OtherLoads:
+        return OtherLoads()
 
     def forget(self, number: int) -> None:
         pass

@@ -287,10 +287,12 @@ class AdapterStore:
     def _read(self, key: AdapterKey, source: _Source, is_hashed: bool, number: int) -> None:
         """Read an adapter, in a loader thread, as all ranks do."""
         loaded, rejected = self._loaded_or_not(key, source, is_hashed, number)
-        rejected = self._mirror.finish(number, rejected) or rejected
-        if rejected is None:
-            finished = FinishedLoad(key, loaded, number=number)
+        others = self._mirror.finish(number, rejected)
+        rejected = others.rejected or rejected
+        if rejected is None and loaded is not None:
+            finished = FinishedLoad(key, replace(loaded, other_bytes=others.nbytes), number=number)
         else:
+            assert rejected is not None
             finished = FinishedLoad(key, None, rejected.problems, rejected.reason, number)
         self._finished.put((source, finished))
 

@@ -100,6 +100,7 @@ class LoraTarget:
     dtype: torch.dtype | None = None  # that it is computed in; None: the model's
     reaches_cache: bool = True  # False: keys and values of no layer depend on it
     share: Share | None = None  # of a module that is divided: C and N above are the rank's; None: it is whole
+    is_elsewhere: bool = False  # ranks of another stage have it: what is said of it here is checked, and not kept
 
     @property
     def whole_shape(self) -> tuple[int, int]:

@@ -18,8 +18,7 @@ def leaves_cache(bound: BoundAdapter, targets: Mapping[str, LoraTarget]) -> bool
     So it is if all outputs that its matrices change lie behind the last keys and values: those of the head, of the last
     layer's queries, attention and feed-forward. False: that is not proved, as by a rank that sees a part of them.
     """
-    is_part = any(target.share is not None and target.share.is_part for target in targets.values())
-    if bound.replaced is not None or is_part:
+    if bound.replaced is not None or any(_is_seen_in_part(target) for target in targets.values()):
         return False
     behind: dict[str, list[slice]] = {}
     for target in targets.values():
@@ -30,6 +29,10 @@ def leaves_cache(bound: BoundAdapter, targets: Mapping[str, LoraTarget]) -> bool
         for site, weights in bound.weights.items()
         for columns in _changed(weights)
     )
+
+
+def _is_seen_in_part(target: LoraTarget) -> bool:
+    return target.is_elsewhere or (target.share is not None and target.share.is_part)
 
 
 def _changed(weights: LoraWeights) -> Iterator[Tensor]:

@@ -57,6 +57,7 @@ class LoadedAdapter:
     each_token: bool = False  # whether the head classifies tokens
     leaves_cache: bool = False  # whether all keys and values are the base model's
     number: int = 0  # of its load, as other ranks have it
+    other_bytes: int = 0  # the most that another rank has of it
 
     @property
     def rank(self) -> int:
@@ -65,7 +66,8 @@ class LoadedAdapter:
 
     @property
     def nbytes(self) -> int:
-        return sum(packed.nbytes for packed in self.packed.values())
+        """Of the rank that has most of it: budgets are of each."""
+        return max(self.other_bytes, sum(packed.nbytes for packed in self.packed.values()))
 
     @property
     def target_modules(self) -> tuple[str, ...]:

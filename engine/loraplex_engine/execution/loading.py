@@ -13,7 +13,6 @@ import torch
 from loraplex_engine.checkpoint.model_config import ModelError, NotBorrowedError, UnknownArchitectureError
 from loraplex_engine.checkpoint.weights import Progress, read_json
 from loraplex_engine.execution.device import free_bytes, loading_turn, select_device
-from loraplex_engine.execution.kv_cache import block_bytes
 from loraplex_engine.execution.memory_profile import cache_budget
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.execution.rank_runners import LeadingRunner
@@ -101,12 +100,15 @@ def load_share(
     config: EngineConfig, path: Path, ops: Ops, ranks: Ranks, progress: Progress | None = None
 ) -> LanguageModel:
     """A rank's share of the model in `path`. Raises ModelError if it cannot be divided."""
+    undivided = f"transformers' class cannot be divided among {ranks.shard.processes} ranks"
     if config.implementation == "transformers":
-        raise ModelError(f"{path}: transformers' class cannot be divided among {ranks.shard.world} ranks")
+        raise ModelError(f"{path}: {undivided}")
     try:
         return load_model(config, path, ops, progress, ranks)
     except UnknownArchitectureError as error:
-        raise ModelError(f"{error}; transformers' class cannot be divided among {ranks.shard.world} ranks") from error
+        raise ModelError(
+            f"{error}; transformers' class cannot be divided among {ranks.shard.processes} ranks"
+        ) from error
 
 
 def _load(config: EngineConfig, path: Path, ops: Ops, progress: Progress | None = None) -> Model:
@@ -160,7 +162,7 @@ def _select_ops(device: torch.device, config: EngineConfig) -> Ops:
 def _num_blocks(runners: Sequence[ModelRunner], config: EngineConfig) -> int:
     """The number of blocks of each runner that fit into the memory for their caches. The first takes the requests."""
     runner = runners[0]
-    size = sum(block_bytes(each.model, each.ops, each.block_size, each.kv_dtype) for each in runners)
+    size = sum(each.block_bytes for each in runners)
     per_sequence = -(-runner.max_model_len // runner.block_size)
     budget = _cache_bytes(runner, config)
     useful = per_sequence * config.max_num_seqs  # more could never be in use

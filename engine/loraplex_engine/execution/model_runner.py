@@ -17,7 +17,7 @@ from loraplex_engine.execution.cuda_graph import DecodeGraphs, decode_graphs
 from loraplex_engine.execution.device import described
 from loraplex_engine.execution.form_masks import FormMasks, TokenMask
 from loraplex_engine.execution.host_cache import HostCache, host_cache
-from loraplex_engine.execution.kv_cache import create_kv_cache, stored_dtype
+from loraplex_engine.execution.kv_cache import block_bytes, create_kv_cache, stored_dtype
 from loraplex_engine.execution.pooler import NOTHING_POOLED, Pooled, pool
 from loraplex_engine.execution.sampler import Drawn, Sampler, describe
 from loraplex_engine.link.config import EngineConfig
@@ -61,6 +61,11 @@ class ModelRunner:
         self.num_blocks = 1
         self.host_cache: HostCache | None = None
         self.kv_cache = create_kv_cache(model, ops, 1, config.block_size, self.kv_dtype)
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block of the cache; of several stages, in the one that has most layers."""
+        return block_bytes(self.model, self.ops, self.block_size, self.kv_dtype)
 
     def allocate(self, num_blocks: int, config: EngineConfig) -> None:
         """Give the cache `num_blocks` blocks, and capture the graphs that read it."""

@@ -27,6 +27,11 @@ class LeadingRunner(ModelRunner):
         self.group = group
         self.most_cache_bytes = max(free_bytes - config.adapter_device_bytes, 0)
 
+    @property
+    def block_bytes(self) -> int:
+        of_layer = super().block_bytes // self.model.num_layers
+        return of_layer * self.group.shard.most_layers(self.model.config.num_layers)
+
     def allocate(self, num_blocks: int, config: EngineConfig) -> None:
         self.group.order(encode(Allocate(num_blocks)))
         super().allocate(num_blocks, config)
@@ -57,7 +62,7 @@ class FollowingRunner(ModelRunner):
         step = order.step()
         batch = step_batch(step, self.ops.device)
         hidden, lora = self._hidden(step, batch), batch.logits_lora
-        for start, end in order.head_rows:
+        for start, end in order.head_rows if self._group.shard.is_first else ():
             self.model.logits(hidden[start:end], narrowed(lora, start, end, self.ops.device))
 
     def _fill_unread(self, token_ids: torch.Tensor, step: StepArrays) -> None:

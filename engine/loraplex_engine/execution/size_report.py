@@ -34,4 +34,6 @@ def size_report(runners: Sequence[ModelRunner], config: EngineConfig) -> str:
     }
     lines = (f"  {name:<17}{readable(size):>11}  {text}".rstrip() for name, (size, text) in rows.items() if size)
     ranks = "" if config.world == 1 else f" of each of {config.world} ranks"
+    if config.pipeline_parallel > 1:
+        ranks += f", the first of {config.pipeline_parallel} stages"
     return "\n".join([f"sizes{ranks} on {device.name}, which has {readable(device.memory_bytes)}:", *lines])

@@ -28,10 +28,12 @@ from loraplex_engine.models.layout import (
     HEAD,
     HEAD_BIAS,
     HEAD_SITE,
+    final_norm,
     held_heads,
     held_parts,
     layer_linears,
     lora_targets,
+    norm_tensors,
     tensor_shapes,
 )
 from loraplex_engine.models.model import ModelFacts
@@ -46,7 +48,7 @@ USUAL_RANK = 16  # of the adapters that are counted for people
 
 
 def needs_of(config: EngineConfig, path: Path) -> Needs:
-    """What the model in `path` takes at least, by its files alone: nothing is loaded. Of several ranks, the first.
+    """What the model in `path` takes at least, by its files alone: nothing is loaded. Of several ranks, the largest.
 
     Of a model that transformers' class computes, the cache and the steps are known only once it is loaded.
     """
@@ -64,14 +66,20 @@ def needs_of(config: EngineConfig, path: Path) -> Needs:
     with Checkpoint(path, model.unused_tensors, base_names=base_names(path, raw), names=names) as checkpoint:
         stored = checkpoint.nbytes
         dtype = compute_dtype(config.dtype, model.dtype, checkpoint.dtype(EMBEDDING))
-    shard = Shard(0, config.world)
-    weights = weight_bytes(model, dtype, config, shard) if spec is None else _stored_bytes(model, dtype, stored, shard)
+    count = config.pipeline_parallel
+    stages = [Shard(0, config.tensor_parallel, stage, count) for stage in range(count)]
+    shard = stages[0]
+    weights = (
+        weight_bytes(model, dtype, config, each) if spec is None else _stored_bytes(model, dtype, stored, each)
+        for each in stages
+    )
     length = config.max_model_len or model.max_position_embeddings
     blocks, heads = -(-length // config.block_size), held_heads(model, shard)
-    of_sequence = blocks * config.block_size * cache_bytes_per_token(model.num_layers, heads, config, dtype)
+    of_token = cache_bytes_per_token(shard.most_layers(model.num_layers), heads, config, dtype)
+    of_sequence = blocks * config.block_size * of_token
     targets = lora_targets(model, shard)
     return Needs(
-        weights,
+        max(weights),
         config.kv_cache_bytes or of_sequence,
         step_bytes(model, targets, config, dtype),
         adapters,
@@ -80,9 +88,17 @@ def needs_of(config: EngineConfig, path: Path) -> Needs:
 
 
 def _stored_bytes(model: ModelConfig, dtype: torch.dtype, stored: int, shard: Shard) -> int:
-    """Of a quantised checkpoint about as many as it has, of which each rank has a part; but the whole embedding."""
+    """Of a quantised checkpoint about as many as it has, of which each rank has a part; but the whole embedding.
+
+    The head of the first of several stages is taken to be as large as the embedding.
+    """
+    if shard == WHOLE:
+        return stored
     embedding = min(stored, model.vocab_size * model.hidden_size * dtype.itemsize)
-    return stored if shard == WHOLE else embedding + -(-(stored - embedding) // shard.world)
+    head = 0 if model.tie_word_embeddings else min(stored - embedding, embedding)
+    of_layers = (stored - embedding - head) * len(shard.layers(model.num_layers)) // model.num_layers
+    ends = embedding if shard.is_first else 0
+    return ends + -(-(of_layers + (head if shard.is_first else 0)) // shard.world)
 
 
 def weight_bytes(model: ModelConfig, dtype: torch.dtype, config: EngineConfig, shard: Shard) -> int:
@@ -90,16 +106,16 @@ def weight_bytes(model: ModelConfig, dtype: torch.dtype, config: EngineConfig, s
 
     A head that is tied to the embedding counts like any other: kernels lay it out once more.
     """
-    shapes = tensor_shapes(model)
-    shapes.setdefault(HEAD, shapes[EMBEDDING])
-    table, rest = math.prod(shapes[EMBEDDING]), sum(map(math.prod, shapes.values()))
-    head_bias = math.prod(shapes.get(HEAD_BIAS, (0,)))
-    head = shard.widest(model.vocab_size) * model.hidden_size
-    total = (table + head_bias) * dtype.itemsize + head * ROUNDED_BYTES.get(
-        config.head_quantization or "", dtype.itemsize
-    )
-    rest -= 2 * table + head_bias
-    for layer in range(model.num_layers):
+    shapes = _held_shapes(model, shard)
+    rest = sum(map(math.prod, shapes.values()))
+    total = 0.0
+    if shard.is_first:
+        table, head_bias = math.prod(shapes[EMBEDDING]), math.prod(shapes.get(HEAD_BIAS, (0,)))
+        head = shard.widest(model.vocab_size) * model.hidden_size
+        total += (table + head_bias) * dtype.itemsize
+        total += head * ROUNDED_BYTES.get(config.head_quantization or "", dtype.itemsize)
+        rest -= 2 * table + head_bias
+    for layer in shard.layers(model.num_layers):
         for linear in layer_linears(model, layer):
             rows = sum(size for _, size in linear.parts)
             held = [(rows.stop - rows.start, columns) for rows, columns in held_parts(linear, shard)]
@@ -110,12 +126,23 @@ def weight_bytes(model: ModelConfig, dtype: torch.dtype, config: EngineConfig, s
             total += held_rows * own.itemsize if linear.bias else 0
             rest -= rows * (linear.in_features + linear.bias)
     positions = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
-    return int(total) + rest * torch.float32.itemsize + positions * rotary_bytes_per_position(model)
+    return int(total) + rest * torch.float32.itemsize + positions * rotary_bytes_per_position(model, shard)
 
 
-def rotary_bytes_per_position(model: ModelConfig) -> int:
+def _held_shapes(model: ModelConfig, shard: Shard) -> dict[str, tuple[int, ...]]:
+    """The tensors of which the rank has a part, whole; on the first stage the head, be it the embedding."""
+    shapes = tensor_shapes(model)
+    ends = {EMBEDDING: shapes[EMBEDDING], HEAD: shapes[EMBEDDING]}
+    ends |= {HEAD_BIAS: shapes[HEAD_BIAS]} if model.head_bias else {}
+    norm = {name: shapes[name] for name in norm_tensors(model, final_norm(model))}
+    own = tuple(f"model.layers.{layer}." for layer in shard.layers(model.num_layers))
+    of_layers = {name: shape for name, shape in shapes.items() if name.startswith(own)}
+    return (ends if shard.is_first else {}) | of_layers | (norm if shard.is_last else {})
+
+
+def rotary_bytes_per_position(model: ModelConfig, shard: Shard = WHOLE) -> int:
     """Of the tables by which queries and keys are turned: a cosine and a sine for each pair, in float32."""
-    ropes = {layer.rope for layer in model.layers}
+    ropes = {model.layers[layer].rope for layer in shard.layers(model.num_layers)}
     turned = (model.head_dim if rope is None else rope.dims(model.head_dim) for rope in ropes)
     return sum(dims // 2 * 2 * torch.float32.itemsize for dims in turned)
 
@@ -143,10 +170,11 @@ def step_bytes(model: ModelFacts, targets: Mapping[str, LoraTarget], config: Eng
 
 
 def _projections(targets: Mapping[str, LoraTarget]) -> Iterator[tuple[int, int, torch.dtype | None]]:
-    """C, N and own dtype of each projection of the layers. Those that a linear is called as a whole count once."""
+    """C, N and own dtype of each projection that a rank has. Those that a linear is called as a whole count once."""
     by_site: dict[str, dict[tuple[int, int], LoraTarget]] = defaultdict(dict)
     for target in targets.values():
-        if target.kind in (TargetKind.LINEAR, TargetKind.EXPERT) and target.site != HEAD_SITE:
+        linear = target.kind in (TargetKind.LINEAR, TargetKind.EXPERT) and target.site != HEAD_SITE
+        if linear and not target.is_elsewhere:
             by_site[target.site][target.columns.start, target.columns.stop] = target
     for found in by_site.values():
         for (start, stop), target in found.items():

@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 import torch
 
-from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.runtime.layer import Site
 from loraplex_adapters.runtime.store import begin_loader, rejection
@@ -34,7 +33,7 @@ logger = logging.getLogger(__name__)
 def follow(config: EngineConfig, rank: int, port: int) -> None:
     """Be a rank until the process is ended. Raises whatever goes wrong: no rank goes on without the others."""
     notes = Notes(port, config.world)
-    shard = Shard(rank, config.world)
+    shard = Shard.of_process(rank, config.tensor_parallel, config.pipeline_parallel)
 
     def progress(bytes_loaded: int, bytes_total: int) -> None:
         notes.add(READ, 1)
@@ -119,12 +118,13 @@ class FollowedAdapters:
             site.table.remove(slot)
 
     def _read(self, number: int, key: AdapterKey, paths: list[Path]) -> None:
-        rejected: AdapterRejected | None = None
         try:
             if key.parts:
-                self._loaded[number] = self._load_composition(key, paths)
+                loaded = self._load_composition(key, paths)
             else:
-                self._loaded[number] = self._load(key, *paths, total=self._notes.total(number))
+                loaded = self._load(key, *paths, total=self._notes.total(number))
         except Exception as error:  # as on the first rank
-            rejected = rejection(key, paths, error)
-        self._notes.tell(number, rejected)
+            self._notes.tell(number, rejection(key, paths, error))
+        else:
+            self._loaded[number] = loaded
+            self._notes.tell(number, None, loaded.nbytes)

@@ -16,7 +16,7 @@ import torch
 
 from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.runtime.mirror import Total
+from loraplex_adapters.runtime.mirror import OtherLoads, Total
 from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.execution.orders import Forget, Load, Put, Remove, Report, encode
 from loraplex_engine.following.notes import AdapterNotes
@@ -38,7 +38,7 @@ class Leader:
 
     def __init__(self, config: EngineConfig, path: Path) -> None:
         """Start the processes of the other ranks, which load the model in `path`."""
-        self.shard = Shard(0, config.world)
+        self.shard = Shard.of_process(0, config.tensor_parallel, config.pipeline_parallel)
         self._notes = Notes(None, config.world)
         self._adapters = AdapterNotes(self._notes, self.shard, self.check)
         self._numbers = itertools.count(1)
@@ -124,7 +124,7 @@ class Leader:
     def total(self, number: int) -> Total:
         return self._adapters.total(number)
 
-    def finish(self, number: int, rejected: AdapterRejected | None) -> AdapterRejected | None:
+    def finish(self, number: int, rejected: AdapterRejected | None) -> OtherLoads:
         self._adapters.tell(number, rejected)
         return self._adapters.others(number)
 

@@ -143,10 +143,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def rank_threads(self) -> int | None:
-        """The compute threads of each of them on the CPU: waiting for each other, they would spin on one core."""
-        if self.world == 1:
+        """The compute threads of each of them on the CPU. Stages take turns; the ranks of one compute at once, and
+        waiting for each other, they would spin on one core."""
+        if self.tensor_parallel == 1:
             return self.threads
-        return max(1, (self.threads or len(os.sched_getaffinity(0))) // self.world)
+        return max(1, (self.threads or len(os.sched_getaffinity(0))) // self.tensor_parallel)
 
     @property
     def rank_devices(self) -> tuple[str, ...]:

@@ -156,8 +156,9 @@ class RequestOutput(msgspec.Struct, array_like=True, frozen=True):
 class RankStats(msgspec.Struct, array_like=True, frozen=True):
     """One of several ranks, when the engine was last pinged."""
 
-    sums: int  # over all ranks, cumulative as all but the last
-    gatherings: int  # of the ranks' parts
+    sums: int  # over the ranks of its stage, cumulative as all but the last
+    gatherings: int  # of these ranks' parts
+    passes: int  # of hidden states, to the stage after
     nbytes: int  # of the tensors that it gave to them
     seconds: float  # that these took it, most of them waiting for the slowest; on a GPU, that giving the orders took
     resident_bytes: int  # in RAM

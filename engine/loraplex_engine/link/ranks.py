@@ -19,8 +19,6 @@ def rank_problems(device: str, devices: Sequence[str], tensor_parallel: int, pip
             "ranks"
         )
         return
-    if pipeline_parallel > 1:
-        yield f"pipeline_parallel {pipeline_parallel}: stages of layers are not served yet: use tensor_parallel"
     if not devices:
         return
     wrong = [each for each in devices if not RANK_DEVICE.fullmatch(each)]

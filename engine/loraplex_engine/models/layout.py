@@ -275,17 +275,21 @@ def lora_targets(config: ModelConfig, shard: Shard) -> dict[str, LoraTarget]:
     targets = {
         embedding: LoraTarget(EMBEDDING_SITE, vocabulary, 0, hidden, TargetKind.EMBEDDING),
         head: LoraTarget(HEAD_SITE, hidden, 0, held, tied_to=tied_to, reaches_cache=False, share=share),
-        final_norm(config): replace(norm, site=FINAL_NORM_SITE),
+        **dict.fromkeys(CLASSIFIER_MODULES, LoraTarget(CLASSIFIER_SITE, hidden, 0, 0, TargetKind.CLASSIFIER)),
     }
-    classifier = LoraTarget(CLASSIFIER_SITE, hidden, 0, 0, TargetKind.CLASSIFIER)
-    targets |= dict.fromkeys(CLASSIFIER_MODULES, classifier)
+    targets = {path: replace(target, is_elsewhere=not shard.is_first) for path, target in targets.items()}
+    targets[final_norm(config)] = replace(norm, site=FINAL_NORM_SITE, is_elsewhere=not shard.is_last)
+    own = shard.layers(config.num_layers)
     for layer in range(config.num_layers):
+        elsewhere = layer not in own
         for module in residual_norms(config):
-            targets[f"model.layers.{layer}.{module}"] = replace(norm, site=norm_site(layer, module))
+            site = norm_site(layer, module)
+            targets[f"model.layers.{layer}.{module}"] = replace(norm, site=site, is_elsewhere=elsewhere)
         for linear in layer_linears(config, layer):
             for module, target in _linear_targets(site_name(layer, linear), linear, shard).items():
                 is_last = layer == config.num_layers - 1 and module.rpartition(".")[2] in BEHIND_CACHE
-                targets[f"model.layers.{layer}.{module}"] = replace(target, reaches_cache=not is_last)
+                path = f"model.layers.{layer}.{module}"
+                targets[path] = replace(target, reaches_cache=not is_last, is_elsewhere=elsewhere)
             if linear.stack is not None:
                 whole = f"model.layers.{layer}.{linear.module}"
                 stacks = (f"model.layers.{layer}.{linear.stack.path}",)

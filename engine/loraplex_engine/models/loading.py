@@ -33,7 +33,7 @@ from loraplex_engine.layers.projections import FusedProjections, LatentProjectio
 from loraplex_engine.layers.query_scale import QueryScale, growth_table
 from loraplex_engine.layers.rotary import cos_sin_table
 from loraplex_engine.link.config import EngineConfig
-from loraplex_engine.models.decoder import DecoderLayer, LanguageModel
+from loraplex_engine.models.decoder import DecoderLayer, Ends, LanguageModel
 from loraplex_engine.models.layout import (
     EMBEDDING,
     FINAL_NORM_SITE,
@@ -160,17 +160,19 @@ class _Loader:
         self.rounding = engine.quantization  # of a dense checkpoint, while it is loaded
         self.head_rounding = engine.head_quantization
         self.replaced = ReplacementSite(ops.device)
+        self.held_layers = self.shard.layers(config.num_layers)
+        attentions = [config.layers[index] for index in self.held_layers]
         self.cos_sin = {
             rope: cos_sin_table(rope, config.head_dim, num_positions, ops.device)
-            for rope in {layer.rope for layer in config.layers}
+            for rope in {layer.rope for layer in attentions}
         }
         self.nbytes = sum(table.nbytes for table in self.cos_sin.values())
         self.growths = {
             growth: growth_table(growth, num_positions, dtype, ops.device)
-            for growth in {layer.growth for layer in config.layers}
+            for growth in {layer.growth for layer in attentions}
             if growth is not None
         }
-        chunks = {self._felt(layer.chunk) for layer in config.layers}
+        chunks = {self._felt(layer.chunk) for layer in attentions}
         if any(chunk is not None and chunk % engine.block_size for chunk in chunks):
             raise ModelError(
                 f"{config.architecture} attends within parts of its sequences (attention_chunk_size), which blocks of "
@@ -178,23 +180,21 @@ class _Loader:
             )
 
     def load(self) -> LanguageModel:
+        ends = self._ends() if self.shard.is_first else None
+        layers = [self._layer(index) for index in self.held_layers]
+        last_norm = self._adapted_norm(FINAL_NORM_SITE, final_norm(self.config)) if self.shard.is_last else None
+        return LanguageModel(
+            self.config, self.ops, self.dtype, ends, layers, last_norm, self.replaced, self.nbytes, self.ranks
+        )
+
+    def _ends(self) -> Ends:
         embedding = self._rows([(EMBEDDING, ())], self.dtype)
         # The largest matrix goes first: while it is packed it takes its room twice, and nothing else is there yet.
         head = self._lora_head(self._head(embedding))
-        layers = [self._layer(index) for index in range(self.config.num_layers)]
-        last_norm = self._adapted_norm(FINAL_NORM_SITE, final_norm(self.config))
         self.nbytes += embedding.nbytes
-        adapted_embedding = LoRAEmbedding(embedding, self.replaced.table.at(EMBEDDING_SITE))
-        return LanguageModel(
-            self.config,
-            self.ops,
-            adapted_embedding,
-            layers,
-            last_norm,
+        return Ends(
+            LoRAEmbedding(embedding, self.replaced.table.at(EMBEDDING_SITE)),
             head,
-            self.replaced,
-            self.nbytes,
-            self.shard,
             partial(rounded, self.head_rounding) if self.head_rounding is not None else None,
         )
 

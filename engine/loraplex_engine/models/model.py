@@ -52,7 +52,8 @@ class ModelFacts(Cached, Protocol):
 
 
 class Model(Cached, Protocol):
-    """Token ids and a paged cache in, logits out. A step is all in its arguments. Its heads are those of one rank."""
+    """Token ids and a paged cache in, logits out. A step is all in its arguments. Its layers and heads are those of one
+    rank."""
 
     @property
     def config(self) -> ModelFacts: ...

@@ -17,10 +17,17 @@ class Ranks(Protocol):
     def shard(self) -> Shard: ...
 
     def add_up(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x, in place: the same bits on each."""
+        """The sum of x over the ranks of the stage, in place: the same bits on each."""
 
     def side_by_side(self, x: Tensor) -> Tensor:
-        """All ranks' x [L, N] as [L, world · N] on the first; on the others x itself, of which nothing is made."""
+        """x [L, N] of the ranks of the stage as [L, world · N] on the first of them; on the others x itself, of which
+        nothing is made."""
+
+    def pass_on(self, x: Tensor) -> None:
+        """Give x to the stage after this one, from the last to the first. Nothing may change it any more."""
+
+    def take_over(self, x: Tensor) -> Tensor:
+        """x, filled with what the stage before passes on: of the same shape and dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,12 @@ class Alone:
         return x
 
     def side_by_side(self, x: Tensor) -> Tensor:
+        return x
+
+    def pass_on(self, x: Tensor) -> None:
+        pass
+
+    def take_over(self, x: Tensor) -> Tensor:
         return x
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -87,6 +88,7 @@ class Traffic:
 
     sums: int = 0
     gatherings: int = 0
+    passes: int = 0  # to the stage after
     nbytes: int = 0  # of the tensors that it gave
     seconds: float = 0.0  # that these took; on a GPU, that giving the orders took
 
@@ -105,45 +107,65 @@ class Group:
     def __init__(self, shard: Shard, notes: Notes, device: torch.device, watch: Watch = lambda: None) -> None:
         """Waits until all ranks are there. `watch`: raises that one has ended."""
         self.shard = shard
-        notes.put(_here(shard.rank), b"")
-        for rank in range(shard.world):
-            notes.wait(_here(rank), watch)
+        notes.put(_here(shard.process), b"")
+        for process in range(shard.processes):
+            notes.wait(_here(process), watch)
         self.traffic = Traffic()
-        self._orders = _joined(lambda: _gloo(notes.store, shard))
+        everyone, stage = (shard.process, shard.processes), (shard.rank, shard.world)
+        self._orders = _joined(lambda: _gloo(_part_of(notes.store, "orders"), *everyone))
         # NCCL's order of operations is that of its stream: orders cannot be mixed in, and are the host's anyway.
-        self._tensors: Any = self._orders if device.type == "cpu" else _joined(lambda: _nccl(notes.store, shard))
+        on_cpu = device.type == "cpu"
+        make = _gloo if on_cpu else _nccl
+        self._stage: Any = _joined(lambda: make(_part_of(notes.store, f"stage/{shard.stage}"), *stage))
+        self._ring: Any = self._orders if on_cpu else _joined(lambda: _nccl(_part_of(notes.store, "ring"), *everyone))
+        self._patience = (FOREVER,) if on_cpu else ()  # given one, NCCL would hold up the host
+        self._passed: tuple[Tensor, Any] | None = None  # kept until the stage after has it
 
     def add_up(self, x: Tensor) -> Tensor:
         """As `Ranks` has it."""
         self.traffic.sums += 1
         with self.traffic.counted(x):
-            _joined(lambda: self._tensors.allreduce([x], _patient(dist.AllreduceOptions())).wait())
+            _joined(lambda: self._stage.allreduce([x], _patient(dist.AllreduceOptions())).wait())
         return x
 
     def side_by_side(self, x: Tensor) -> Tensor:
         """As `Ranks` has it."""
         self.traffic.gatherings += 1
         with self.traffic.counted(x):
-            parts = self._gather(self._tensors, x)
+            parts = _gathered(self._stage, x, self.shard.rank, self.shard.world)
         return torch.cat(parts, dim=1) if parts else x
+
+    def pass_on(self, x: Tensor) -> None:
+        """As `Ranks` has it. Waits until the stage after has what was passed on before, but not for x."""
+        self.traffic.passes += 1
+        with self.traffic.counted(x):
+            if self._passed is not None:
+                _joined(partial(self._passed[1].wait, *self._patience))
+            self._passed = x, _joined(lambda: self._ring.send([x], self.shard.after, 0))
+
+    def take_over(self, x: Tensor) -> Tensor:
+        """As `Ranks` has it."""
+        started = time.perf_counter()
+        _joined(lambda: self._ring.recv([x], self.shard.before, 0).wait(*self._patience))
+        self.traffic.seconds += time.perf_counter() - started
+        return x
 
     def figures(self, resident_bytes: int) -> list[RankStats]:
         """On the first rank, once all have called it, what each has exchanged and holds.  resident_bytes: this one"""
         own = self.traffic
-        numbers = (own.sums, own.gatherings, own.nbytes, round(own.seconds * 1e6), resident_bytes)
-        found = [each.tolist() for each in self._gather(self._orders, torch.tensor(numbers))]
-        return [RankStats(sums, many, size, micros / 1e6, held) for sums, many, size, micros, held in found]
-
-    def _gather(self, group: Any, x: Tensor) -> list[Tensor]:
-        """All ranks' x on the first one; on the others nothing."""
-        parts = [torch.empty_like(x) for _ in range(self.shard.world)] if self.shard.rank == 0 else []
-        options = _from_first(dist.GatherOptions())
-        _joined(lambda: group.gather([parts] if parts else [], [x], options).wait())
-        return parts
+        numbers = torch.tensor(
+            (own.sums, own.gatherings, own.passes, own.nbytes, round(own.seconds * 1e6), resident_bytes)
+        )
+        parts = _gathered(self._orders, numbers, self.shard.process, self.shard.processes)
+        return [
+            RankStats(sums, many, passes, size, micros / 1e6, held)
+            for sums, many, passes, size, micros, held in (part.tolist() for part in parts)
+        ]
 
     def share_first(self, x: Tensor) -> None:
-        """Give all ranks the first one's x, in place."""
-        _joined(lambda: self._tensors.broadcast([x], _from_first(dist.BroadcastOptions())).wait())
+        """Give the ranks of the first stage the first one's x, in place. The others need none."""
+        if self.shard.is_first:
+            _joined(lambda: self._stage.broadcast([x], _from_first(dist.BroadcastOptions())).wait())
 
     def order(self, order: bytes) -> None:
         """Have every other rank receive an order. Only the first one gives any."""
@@ -176,6 +198,14 @@ def _here(rank: int) -> str:
     return f"here/{rank}"
 
 
+def _gathered(group: Any, x: Tensor, rank: int, world: int) -> list[Tensor]:
+    """All ranks' x on the first of a group; on the others nothing."""
+    parts = [torch.empty_like(x) for _ in range(world)] if rank == 0 else []
+    options = _from_first(dist.GatherOptions())
+    _joined(lambda: group.gather([parts] if parts else [], [x], options).wait())
+    return parts
+
+
 def _from_first(options: Any) -> Any:
     options.rootRank = 0
     return _patient(options)
@@ -186,18 +216,18 @@ def _patient(options: Any) -> Any:
     return options
 
 
-def _gloo(store: Any, shard: Shard) -> Any:
+def _gloo(store: Any, rank: int, world: int) -> Any:
     kind: Any = dist.ProcessGroupGloo
     options = kind._Options()  # torch has no public way to name the interface
     options._devices = [kind.create_device(hostname=LOOPBACK)]
     options._timeout = JOINING  # unless a call says otherwise
     options._threads = 1
-    return kind(_part_of(store, "orders"), shard.rank, shard.world, options)
+    return kind(store, rank, world, options)
 
 
-def _nccl(store: Any, shard: Shard) -> Any:
+def _nccl(store: Any, rank: int, world: int) -> Any:
     kind: Any = dist.ProcessGroupNCCL
-    return kind(_part_of(store, "tensors"), shard.rank, shard.world)
+    return kind(store, rank, world)
 
 
 def _part_of(store: Any, name: str) -> Any:

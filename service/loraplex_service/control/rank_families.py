@@ -11,8 +11,9 @@ from loraplex_service.telemetry.series import Counter
 
 _NAMES = ("model", "rank")
 _COUNTERS: Sequence[tuple[str, str, Callable[[RankStats], float]]] = (
-    ("loraplex_rank_sums", "Tensors that were added up over all ranks.", lambda rank: rank.sums),
-    ("loraplex_rank_gatherings", "Tensors that were gathered from all ranks.", lambda rank: rank.gatherings),
+    ("loraplex_rank_sums", "Tensors that were added up over the ranks of a stage.", lambda rank: rank.sums),
+    ("loraplex_rank_gatherings", "Tensors that were gathered from these ranks.", lambda rank: rank.gatherings),
+    ("loraplex_rank_passes", "Hidden states that were given to the next stage.", lambda rank: rank.passes),
     ("loraplex_rank_exchanged_bytes", "Bytes of the tensors that a rank gave to these.", lambda rank: rank.nbytes),
     (
         "loraplex_rank_exchange_seconds",

@@ -13,7 +13,7 @@ import torch
 from loraplex_adapters.errors import UNREADABLE, AdapterRejected
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.pace import Pace
-from loraplex_adapters.runtime.mirror import NO_MIRROR, Mirror, NoMirror
+from loraplex_adapters.runtime.mirror import NO_MIRROR, Mirror, NoMirror, OtherLoads
 from loraplex_adapters.runtime.store import LOADER_NICENESS, AdapterStore, compute_alone, give_way
 from loraplex_adapters.runtime.targets import LoraTarget
 
@@ -46,16 +46,16 @@ class ByHand(Executor):
 class OtherRanks(NoMirror):
     """Ranks to whom a load ends as the test says."""
 
-    def __init__(self, rejected: AdapterRejected | None = None) -> None:
-        self.rejected = rejected
+    def __init__(self, rejected: AdapterRejected | None = None, nbytes: int = 0) -> None:
+        self.rejected, self.nbytes = rejected, nbytes
         self.held: set[int] = set()
 
     def load(self, key: AdapterKey, paths: Sequence[Path]) -> int:
         self.held.add(7)
         return 7
 
-    def finish(self, number: int, rejected: AdapterRejected | None) -> AdapterRejected | None:
-        return self.rejected
+    def finish(self, number: int, rejected: AdapterRejected | None) -> OtherLoads:
+        return OtherLoads(self.rejected, self.nbytes)
 
     def forget(self, number: int) -> None:
         self.held.remove(number)
@@ -171,6 +171,16 @@ def test_other_ranks_drop_what_could_not_be_read_here(
     executor.run_all()
     assert store.poll()[0].problems
     assert not others.held
+
+
+def test_an_adapter_takes_what_the_rank_takes_that_has_most_of_it(
+    make_store: Callable[..., AdapterStore], executor: ByHand, make_adapter: AdapterMaker, key_of: KeyOf
+) -> None:
+    store = make_store(mirror=OtherRanks(nbytes=ADAPTER_BYTES + 1))
+    store.register(key_of(directory := make_adapter()), directory)
+    executor.run_all()
+    store.poll()
+    assert store.used_bytes == ADAPTER_BYTES + 1
 
 
 def test_what_one_rank_cannot_read_is_dropped_by_all_for_its_reason(

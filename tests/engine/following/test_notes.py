@@ -31,7 +31,7 @@ def both(notes: Notes, load: Callable[[AdapterNotes, int], AdapterRejected | Non
         except AdapterRejected as error:
             rejected = error
         ranks[rank].tell(NUMBER, rejected)
-        return ranks[0].others(NUMBER) if rank == 0 else None
+        return ranks[0].others(NUMBER).rejected if rank == 0 else None
 
     with ThreadPoolExecutor(2) as threads:
         return next(threads.map(run, (0, 1)))

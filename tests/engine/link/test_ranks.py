@@ -28,6 +28,14 @@ def test_ranks_that_do_not_fit_together_are_refused(fields: dict[str, Any], mess
 
 
 @pytest.mark.parametrize(
+    ("fields", "threads"),
+    [({}, 8), ({"tensor_parallel": 2}, 4), ({"pipeline_parallel": 2}, 8), ({"tensor_parallel": 16}, 1)],
+)
+def test_the_ranks_of_a_stage_share_the_threads_and_stages_take_turns(fields: dict[str, Any], threads: int) -> None:
+    assert EngineConfig(model="/model", threads=8, **fields).rank_threads == threads
+
+
+@pytest.mark.parametrize(
     ("fields", "devices"),
     [
         ({}, ("auto",)),

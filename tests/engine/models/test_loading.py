@@ -189,7 +189,7 @@ def test_the_engine_may_be_given_a_scaling_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("stated", "window"), [(8, 8), (31, 31), (32, None), (10**12, None), (10**30, None)])
 def test_a_window_wider_than_any_sequence_is_none(tmp_path: Path, stated: int, window: int | None) -> None:
     directory = checkpoint(tmp_path, architectures=["MistralForCausalLM"], sliding_window=stated)
-    assert [layer.window for layer in load(directory)._layers] == [window] * 2
+    assert [layer.window for layer in load(directory)._layers.values()] == [window] * 2
 
 
 def test_tables_reach_only_as_far_as_requests_may(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Barrier
 from typing import Any
 
@@ -39,16 +40,30 @@ MODULES = {
 
 
 class Together:
-    """One rank in a thread, which meets the others at a barrier."""
+    """One rank in a thread, which meets those of its stage at a barrier."""
 
-    def __init__(self, shard: Shard, given: list[Tensor | None], barrier: Barrier) -> None:
-        self.shard, self._given, self._barrier = shard, given, barrier
+    def __init__(
+        self,
+        shard: Shard,
+        given: list[Tensor | None],
+        barrier: Barrier,
+        passed: Sequence[SimpleQueue[Tensor]] = (),  # to each of all ranks
+    ) -> None:
+        self.shard, self._given, self._barrier, self._passed = shard, given, barrier, passed
 
     def add_up(self, x: Tensor) -> Tensor:
         return x.copy_(torch.stack(self._all(x)).sum(0))
 
     def side_by_side(self, x: Tensor) -> Tensor:
         return torch.cat(self._all(x), dim=1)
+
+    def pass_on(self, x: Tensor) -> None:
+        self._passed[self.shard.after].put(x.clone())
+
+    def take_over(self, x: Tensor) -> Tensor:
+        found = self._passed[self.shard.process].get(timeout=60)
+        assert (found.shape, found.dtype) == (x.shape, x.dtype)
+        return x.copy_(found)
 
     def _all(self, x: Tensor) -> list[Tensor]:
         self._given[self.shard.rank] = x

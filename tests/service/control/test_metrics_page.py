@@ -178,13 +178,13 @@ async def test_each_rank_of_a_model_shows_what_it_exchanges_and_holds(
     control: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = control.core()
-    stats, ranks = core.stats, [RankStats(4, 1, 640, 0.5, 7000), RankStats(4, 1, 640, 0.25, 6000)]
+    stats, ranks = core.stats, [RankStats(4, 1, 2, 640, 0.5, 7000), RankStats(4, 1, 2, 640, 0.25, 6000)]
     monkeypatch.setattr(core, "stats", lambda: msgspec.structs.replace(stats(), ranks=ranks))
     await control.client.generate("tiny", "abc", max_tokens=5)
     page = await scrape(control)
-    names = ("sums_total", "gatherings_total", "exchanged_bytes_total", "exchange_seconds_total")
+    names = ("sums_total", "gatherings_total", "passes_total", "exchanged_bytes_total", "exchange_seconds_total")
     found = [page.value(f"loraplex_rank_{name}", model="tiny", rank="1") for name in (*names, "resident_memory_bytes")]
-    assert found == [4, 1, 640, 0.25, 6000]
+    assert found == [4, 1, 2, 640, 0.25, 6000]
     assert page.value("loraplex_rank_exchange_seconds_total", model="tiny", rank="0") == 0.5
 
 
