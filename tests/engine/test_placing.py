@@ -114,6 +114,11 @@ def test_a_rank_needs_its_part_of_the_matrices_and_the_whole_embedding(model: Pa
     assert needs.cache == 5000
 
 
+def test_more_stages_than_layers_are_refused_before_any_rank_is_started(model: Path) -> None:
+    with pytest.raises(ValueError, match="1 layers cannot be divided into 2 stages: lower pipeline_parallel"):
+        sized(EngineConfig(model=str(model), device="cpu", pipeline_parallel=2), LoadOn(["cpu", "cpu"], 0.5))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_stage_needs_the_layers_and_ends_that_it_has(model: Path, tmp_path: Path, tied: bool) -> None:
     config_json = CONFIG | {"num_hidden_layers": 3, "tie_word_embeddings": tied}
