@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--steps-per-second", type=float, required=True)
     args = parser.parse_args()
     with EngineBus(args.bus) as bus:
-        sys.exit(run_engine(lambda progress: TokenSource(args.steps_per_second), bus))
+        sys.exit(run_engine(lambda report: TokenSource(args.steps_per_second), bus))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import msgspec
 from loraplex_engine.link.bus import EngineBus
 from loraplex_engine.link.child import begin_child, limit_threads
 from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.load_report import LoadReport
 from loraplex_engine.link.logs import LOG_FORMATS, set_up_logging
-from loraplex_engine.process import Core, Progress, run_engine
+from loraplex_engine.process import Core, run_engine
 
 
 def main() -> None:
@@ -33,14 +34,14 @@ def main() -> None:
 
     with EngineBus(arguments.bus) as bus:
 
-        def load(progress: Progress) -> Core:
-            return load_core(config_json, progress, bus)
+        def load(report: LoadReport) -> Core:
+            return load_core(config_json, report, bus)
 
         status = run_engine(load, bus)
     sys.exit(status)
 
 
-def load_core(config_json: bytes, progress: Progress, bus: EngineBus) -> Core:
+def load_core(config_json: bytes, report: LoadReport, bus: EngineBus) -> Core:
     """Load the model where the service says.
 
     Raises msgspec.MsgspecError or ValueError for a bad configuration, and whatever loading raises."""
@@ -50,7 +51,7 @@ def load_core(config_json: bytes, progress: Progress, bus: EngineBus) -> Core:
     from loraplex_engine.core import EngineCore  # not earlier: torch reads those settings when it is imported
     from loraplex_engine.placing import placed
 
-    return EngineCore.load(placed(config, bus), progress)
+    return EngineCore.load(placed(config, bus, report), report)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from loraplex_engine.execution.size_report import size_report
 from loraplex_engine.following.leader import Leader
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftKind
+from loraplex_engine.link.load_report import UNREPORTED, LoadReport
 from loraplex_engine.link.messages import (
     AddRequest,
     EngineLimits,
@@ -122,18 +123,16 @@ class EngineCore:
         self.adapters = AdapterTiers(store, pool)
 
     @classmethod
-    def load(
-        cls, config: EngineConfig, progress: Callable[[int, int], None] = lambda loaded, total: None
-    ) -> EngineCore:
+    def load(cls, config: EngineConfig, report: LoadReport = UNREPORTED) -> EngineCore:
         """Load the model that `config` names. Raises ValueError or OSError whose text says what the operator can do."""
         config.check()
         path, small = resolve_model(config.model, config.revision), config.drafting()
         leader: Leader | None = None
         if config.world > 1:
             config = config if config.devices else msgspec.structs.replace(config, device=chosen(config.device))
-            leader = Leader(config, path)
+            leader = Leader(config, path, report)
         try:
-            return cls._loaded(config, path, small, progress, leader)
+            return cls._loaded(config, path, small, report, leader)
         except BaseException:
             if leader is not None:
                 leader.close()
@@ -145,15 +144,15 @@ class EngineCore:
         config: EngineConfig,
         path: Path,
         small: EngineConfig | None,
-        progress: Callable[[int, int], None],
+        report: LoadReport,
         leader: Leader | None,
     ) -> EngineCore:
         beside: ModelRunner | None = None
         if small is None:
-            runner = load_runner(config, path, progress, leader)
+            runner = load_runner(config, path, report, leader)
         else:
             small_path = resolve_model(small.model, small.revision)
-            runner, beside = load_runners(config, path, small, small_path, progress, leader)
+            runner, beside = load_runners(config, path, small, small_path, report, leader)
         model, mirror = runner.model, leader or NO_MIRROR
         store = AdapterStore(
             targets=model.lora_targets(),

@@ -16,20 +16,21 @@ from loraplex_engine.execution.sizing import needs_of
 from loraplex_engine.link.bus import EngineBus
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.host_memory import total_bytes
+from loraplex_engine.link.load_report import LoadReport
 from loraplex_engine.link.messages import EngineSized, LoadOn
 from loraplex_engine.link.sizes import HOST, DeviceMemory, Needs, readable
 
 MOST_BYTES = 1 << 60
 
 
-def placed(config: EngineConfig, bus: EngineBus) -> EngineConfig:
+def placed(config: EngineConfig, bus: EngineBus, report: LoadReport) -> EngineConfig:
     """The configuration with the device and the share of it that the service gives this model.
 
     Waits for the answer: the service may wait for the sizes of other models. Raises ValueError or OSError as loading
     does, where the files cannot be read.
     """
-    path = resolve_model(config.model, config.revision)
-    needs = _all_needs(config, path)
+    path = resolve_model(config.model, config.revision, report)
+    needs = _all_needs(config, path, report)
     if needs.least(HOST) > MOST_BYTES:
         raise ValueError(
             f"{config_file(path)}: by its sizes the model takes {readable(needs.least(HOST))}, which no machine has: "
@@ -57,12 +58,12 @@ def check_free(needs: Needs, device: str, free: int, ranks: int = 1) -> None:
         )
 
 
-def _all_needs(config: EngineConfig, path: Path) -> Needs:
+def _all_needs(config: EngineConfig, path: Path, report: LoadReport) -> Needs:
     """Of the model, and of the small one that drafts for it: their caches have as many blocks."""
     needs, small = needs_of(config, path), config.drafting()
     if small is None:
         return needs
-    beside = needs_of(small, resolve_model(small.model, small.revision))
+    beside = needs_of(small, resolve_model(small.model, small.revision, report))
     cache = needs.cache if config.kv_cache_bytes is not None else needs.cache + beside.cache
     return Needs(needs.weights + beside.weights, cache, max(needs.step, beside.step), needs.adapters, needs.host_cache)
 

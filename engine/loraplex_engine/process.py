@@ -6,12 +6,14 @@ state of the engine or of the device is no longer known: the process ends, and t
 
 import gc
 import logging
+import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from loraplex_adapters.errors import INVALID
 from loraplex_adapters.residency import Residency
 from loraplex_engine.link.bus import BadRequest, EngineBus
+from loraplex_engine.link.load_report import LoadReport
 from loraplex_engine.link.messages import (
     Abort,
     AdaptersChanged,
@@ -23,6 +25,7 @@ from loraplex_engine.link.messages import (
     EngineStats,
     FromEngine,
     LoadProgress,
+    LoadWaits,
     Ping,
     Pong,
     RequestOutput,
@@ -37,7 +40,7 @@ from loraplex_engine.scheduling.step import STALLED_SECONDS
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]  # bytes loaded, bytes in all
+WAITS_SECONDS: Final = 1.0  # between two signs that loading waits for the same
 
 
 class Core(Protocol):
@@ -67,10 +70,10 @@ class Core(Protocol):
     def close(self) -> None: ...
 
 
-def run_engine(load: Callable[[Progress], Core], bus: EngineBus) -> int:
+def run_engine(load: Callable[[LoadReport], Core], bus: EngineBus) -> int:
     """Load, report the outcome, serve until told to stop. Returns the exit status of the process."""
     try:
-        core = load(_ProgressReport(bus))
+        core = load(SentReport(bus.send))
     except Exception as error:
         # Of what the operator can do something about, the message says all; the stack is for faults of ours.
         known = isinstance(error, ValueError | OSError)
@@ -141,15 +144,24 @@ def _request_failed(core: Core, request_id: int, error: str) -> StepOutput:
     return StepOutput([RequestOutput(request_id, [], FinishReason.ERROR, error=error)], core.stats())
 
 
-class _ProgressReport:
-    """Reports the progress of loading to the service, about a hundred times in all."""
+class SentReport:
+    """The `LoadReport` to the service: about a hundred times that there is progress, and what is waited for."""
 
-    def __init__(self, bus: EngineBus) -> None:
-        self._bus = bus
+    def __init__(self, send: Callable[[FromEngine], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._send = send
+        self._clock = clock
         self._percent_sent = -1
+        self._awaited = ""
+        self._last_wait = 0.0
 
     def __call__(self, bytes_loaded: int, bytes_total: int) -> None:
         percent = 100 * bytes_loaded // max(bytes_total, 1)
         if percent > self._percent_sent:
             self._percent_sent = percent
-            self._bus.send(LoadProgress(bytes_loaded, bytes_total))
+            self._send(LoadProgress(bytes_loaded, bytes_total))
+
+    def waits(self, what: str) -> None:
+        now = self._clock()
+        if what != self._awaited or now - self._last_wait >= WAITS_SECONDS:
+            self._awaited, self._last_wait = what, now
+            self._send(LoadWaits(what))

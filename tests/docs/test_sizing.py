@@ -18,6 +18,7 @@ from loraplex_engine.execution.loading import load_runner
 from loraplex_engine.execution.size_report import size_report
 from loraplex_engine.execution.sizing import adapter_bytes, needs_of, step_bytes
 from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.load_report import UNREPORTED
 from tests.engine.models.loras import write_lora
 
 transformers = pytest.importorskip("transformers")
@@ -115,7 +116,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         "dtype": "float32",
     }
     config = EngineConfig(model=str(folder), max_num_seqs=5, **settings | case.fields)
-    return case, config, load_runner(config, folder, lambda done, total: None), folder
+    return case, config, load_runner(config, folder, UNREPORTED), folder
 
 
 def shapes(folder: Path) -> dict[str, list[int]]:

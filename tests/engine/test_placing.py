@@ -17,6 +17,7 @@ from loraplex_engine.execution.sizing import needs_of
 from loraplex_engine.link import host_memory
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftConfig, DraftKind
+from loraplex_engine.link.load_report import UNREPORTED
 from loraplex_engine.link.messages import EngineSized, FromEngine, LoadOn
 from loraplex_engine.link.sizes import Needs, readable
 from loraplex_engine.models import load_model, parse_model_config
@@ -71,7 +72,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 
 def sized(config: EngineConfig, answer: LoadOn) -> tuple[Needs, EngineConfig]:
     bus = FakeBus(answer)
-    found = placed(config, bus)  # type: ignore[arg-type]
+    found = placed(config, bus, UNREPORTED)  # type: ignore[arg-type]
     (message,) = bus.sent
     assert isinstance(message, EngineSized)
     return message.needs, found

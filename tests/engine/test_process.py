@@ -18,6 +18,7 @@ from loraplex_engine.link.bus import NUMBER, EngineBus, bus_address
 from loraplex_engine.link.bus_directory import BusDirectory
 from loraplex_engine.link.child import limit_threads
 from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.load_report import LoadReport
 from loraplex_engine.link.messages import (
     Abort,
     AdaptersChanged,
@@ -30,6 +31,7 @@ from loraplex_engine.link.messages import (
     EngineStats,
     FromEngine,
     LoadProgress,
+    LoadWaits,
     Ping,
     Pong,
     RequestOutput,
@@ -40,7 +42,7 @@ from loraplex_engine.link.messages import (
     WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
-from loraplex_engine.process import Core, Progress, run_engine
+from loraplex_engine.process import WAITS_SECONDS, Core, SentReport, run_engine
 
 KEY = AdapterKey("shared/pirate", "ab" * 32)
 LIMITS = EngineLimits("Fake", "float32", "", 100, 64, 8, 4, 10, 16, 1000, 2000, "fake", Device("cpu", "fake", 1))
@@ -156,13 +158,13 @@ def request(request_id: int, max_tokens: int, prompt: Sequence[int] = (1,)) -> A
 class Engine:
     """`run_engine` in a thread."""
 
-    def __init__(self, load: Callable[[Progress], Core], address: str) -> None:
+    def __init__(self, load: Callable[[LoadReport], Core], address: str) -> None:
         self.status: int | None = None
         self._bus = EngineBus(address)
         self._thread = threading.Thread(target=self._run, args=(load,))
         self._thread.start()
 
-    def _run(self, load: Callable[[Progress], Core]) -> None:
+    def _run(self, load: Callable[[LoadReport], Core]) -> None:
         self.status = run_engine(load, self._bus)
 
     def join(self) -> int | None:
@@ -179,7 +181,7 @@ def core() -> FakeCore:
 @pytest.fixture
 def ready(core: FakeCore, peer: Peer, address: str) -> Iterator[Engine]:
     """An engine that has said that it is ready, and is told to end after the test."""
-    engine = Engine(lambda progress: core, address)
+    engine = Engine(lambda report: core, address)
     assert peer.receive() == EngineReady(LIMITS)
     yield engine
     peer.send(Shutdown())
@@ -192,9 +194,9 @@ def outputs(message: FromEngine) -> list[RequestOutput]:
 
 
 def test_loading_reports_progress_then_readiness(core: FakeCore, peer: Peer, address: str) -> None:
-    def load(progress: Progress) -> FakeCore:
+    def load(report: LoadReport) -> FakeCore:
         for loaded in range(1001):
-            progress(loaded, 1000)
+            report(loaded, 1000)
         return core
 
     engine = Engine(load, address)
@@ -206,8 +208,21 @@ def test_loading_reports_progress_then_readiness(core: FakeCore, peer: Peer, add
     assert core.closed
 
 
+def test_a_wait_is_reported_again_and_again_but_seldom() -> None:
+    said: list[FromEngine] = []
+    now = 0.0
+    report = SentReport(said.append, lambda: now)
+    for _ in range(3):
+        report.waits("its turn")
+    assert said == [LoadWaits("its turn")]
+    now += WAITS_SECONDS
+    report.waits("its turn")
+    report.waits("rank 1")
+    assert said[1:] == [LoadWaits("its turn"), LoadWaits("rank 1")]
+
+
 def test_a_model_that_cannot_be_loaded_is_reported_with_the_reason(peer: Peer, address: str) -> None:
-    def load(progress: Progress) -> FakeCore:
+    def load(report: LoadReport) -> FakeCore:
         raise ValueError("the checkpoint has no config.json")
 
     engine = Engine(load, address)
@@ -223,7 +238,7 @@ def test_a_model_that_cannot_be_loaded_is_reported_with_the_reason(peer: Peer, a
 def test_the_stack_is_logged_for_faults_of_ours_alone(
     peer: Peer, address: str, caplog: pytest.LogCaptureFixture, error: Exception, traced: bool
 ) -> None:
-    def load(progress: Progress) -> FakeCore:
+    def load(report: LoadReport) -> FakeCore:
         raise error
 
     Engine(load, address).join()
@@ -304,7 +319,7 @@ def test_an_adapter_is_dropped_on_demand(ready: Engine, peer: Peer, core: FakeCo
 
 
 def test_a_step_that_raises_ends_the_process(core: FakeCore, peer: Peer, address: str) -> None:
-    engine = Engine(lambda progress: core, address)
+    engine = Engine(lambda report: core, address)
     peer.receive()
     core.step_error = RuntimeError("the device is gone")
     peer.send(request(1, max_tokens=2))

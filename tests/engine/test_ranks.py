@@ -28,6 +28,7 @@ from loraplex_engine.following.ready import READ
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftConfig, DraftKind, Drafts
 from loraplex_engine.link.grammar import regex_grammar
+from loraplex_engine.link.load_report import UNREPORTED
 from loraplex_engine.link.messages import AdaptersChanged, AddRequest, WantAdapter
 from loraplex_engine.link.pooling import PoolingMethod, PoolingParams
 from loraplex_engine.link.sampling_params import SamplingParams
@@ -250,7 +251,7 @@ def test_the_drafts_of_a_small_model_are_checked_by_both_ranks(
 
 def test_the_problem_of_a_rank_that_cannot_load_is_told(folder: Path, opened: ExitStack) -> None:
     config = EngineConfig(model=str(folder / "base"), tensor_parallel=2, devices=("cpu", "cuda:99"))
-    leader = Leader(config, folder / "base")
+    leader = Leader(config, folder / "base", UNREPORTED)
     opened.callback(leader.close)
     with pytest.raises(ValueError, match="rank 1: device 'cuda:99' asked for"):
         leader.join(torch.device("cpu"))
@@ -262,17 +263,32 @@ def test_a_rank_tells_of_every_tensor_that_it_reads(benches: dict[int, Bench]) -
     assert leader._notes.add(READ, 0) > LAYERS * len(MODULES)
 
 
-def test_a_rank_that_stands_still_before_it_is_there_is_given_up(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, opened: ExitStack
-) -> None:
-    monkeypatch.setattr("loraplex_engine.following.leader.ENDING_SECONDS", 0.0)
-    monkeypatch.setattr("loraplex_engine.following.ready.SILENT_SECONDS", 0.0)
-    leader = Leader(EngineConfig(model=str(folder / "base"), tensor_parallel=2, device="cpu"), folder / "base")
+class OneWait:
+    """A `LoadReport` that kills a process at the first wait that is told, and bears no other."""
+
+    def __init__(self) -> None:
+        self.pid: int | None = None
+        self.what = ""
+
+    def __call__(self, bytes_loaded: int, bytes_total: int) -> None:
+        raise AssertionError("nothing is read here")
+
+    def waits(self, what: str) -> None:
+        assert not self.what
+        assert self.pid is not None
+        self.what = what
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def test_that_ranks_are_waited_for_is_told(folder: Path, opened: ExitStack) -> None:
+    config, report = EngineConfig(model=str(folder / "base"), tensor_parallel=2, device="cpu"), OneWait()
+    leader = Leader(config, folder / "base", report)
     opened.callback(leader.close)
-    (process,) = leader.pids
-    os.kill(process, signal.SIGSTOP)
-    with pytest.raises(RanksLostError, match="rank 1 has read nothing of the model"):
+    (report.pid,) = leader.pids
+    os.kill(report.pid, signal.SIGSTOP)
+    with pytest.raises(RanksLostError, match="has ended with status -9"):
         leader.join(torch.device("cpu"))
+    assert report.what == "the processes of its other ranks"
 
 
 def test_steps_that_start_before_the_last_tokens_are_read_tell_them_to_the_other_rank(

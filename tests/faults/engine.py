@@ -16,8 +16,9 @@ import msgspec
 
 from loraplex_engine import __main__ as entry
 from loraplex_engine.link.bus import EngineBus
+from loraplex_engine.link.load_report import LoadReport
 from loraplex_engine.link.messages import AddRequest, FromEngine, StepOutput, ToEngine
-from loraplex_engine.process import Core, Progress
+from loraplex_engine.process import Core
 from loraplex_service.assembly import LaunchFor
 from loraplex_service.models.config import HostedModelConfig
 from loraplex_service.models.supervisor import EngineProcess, Launch
@@ -120,8 +121,8 @@ def main() -> None:
     fuse = Fuse(Path(sys.argv.pop(1)))
     load_core = entry.load_core
 
-    def load_and_sabotage(config_json: bytes, progress: Progress, bus: EngineBus) -> Core:
-        core = load_core(config_json, progress, bus)
+    def load_and_sabotage(config_json: bytes, report: LoadReport, bus: EngineBus) -> Core:
+        core = load_core(config_json, report, bus)
         sabotage(core, fuse)
         return core
 

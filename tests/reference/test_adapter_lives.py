@@ -35,6 +35,7 @@ from loraplex_engine.execution.disk_cache import DiskCache
 from loraplex_engine.execution.loading import load_runner
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.load_report import UNREPORTED
 from loraplex_engine.link.messages import (
     AdaptersChanged,
     AdapterStatus,
@@ -84,7 +85,7 @@ class SteppedEngine:
         options: dict[str, Any] = {"dtype": "float32", "kernels": "cpu", "threads": 1, "block_size": 4}
         room = {"max_model_len": 32, "max_num_batched_tokens": 16}
         config = EngineConfig(model=str(model), **(options | room | fields))
-        runner = load_runner(config, model, lambda done, total: None)
+        runner = load_runner(config, model, UNREPORTED)
         store = AdapterStore(
             runner.model.lora_targets(),
             runner.model.dtype,

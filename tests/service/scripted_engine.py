@@ -22,6 +22,7 @@ from loraplex_adapters.errors import INVALID
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
 from loraplex_engine.link.bus import BadRequest, EngineBus
+from loraplex_engine.link.load_report import LoadReport
 from loraplex_engine.link.messages import (
     AdapterFacts,
     AdaptersChanged,
@@ -32,6 +33,7 @@ from loraplex_engine.link.messages import (
     EngineSized,
     EngineStats,
     FromEngine,
+    LoadProgress,
     RequestOutput,
     SetVocabulary,
     StepOutput,
@@ -40,7 +42,7 @@ from loraplex_engine.link.messages import (
 )
 from loraplex_engine.link.sampling_params import FinishReason
 from loraplex_engine.link.sizes import DeviceMemory, Needs
-from loraplex_engine.process import Progress, run_engine
+from loraplex_engine.process import run_engine
 from loraplex_service.models.supervisor import EngineProcess, Launch
 
 LIMITS = EngineLimits(
@@ -207,8 +209,9 @@ class ThreadedEngine:
 
     pid = -1
 
-    def __init__(self, core: ScriptedCore, address: str) -> None:
+    def __init__(self, core: ScriptedCore, load: "Loading", address: str) -> None:
         self.core = core
+        self._load = load
         self._killed = threading.Event()
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
@@ -220,14 +223,21 @@ class ThreadedEngine:
     def kill(self) -> None:
         self._killed.set()
 
+    def _loaded(self, report: LoadReport, bus: EngineBus) -> ScriptedCore:
+        self._load(report, bus)
+        return self.core
+
     def _run(self, address: str) -> None:
         status = -9
         try:
             with _KillableBus(address, self._killed) as bus:
-                status = run_engine(lambda progress: self.core, bus)
+                status = run_engine(lambda report: self._loaded(report, bus), bus)
         except SystemExit:
             pass
         self._loop.call_soon_threadsafe(self._ended.set_result, status)
+
+
+Loading = Callable[[LoadReport, EngineBus], object]  # what an engine does while it loads
 
 
 class ThreadedEngines:
@@ -236,11 +246,12 @@ class ThreadedEngines:
     def __init__(self) -> None:
         self.started: list[ThreadedEngine] = []
         self.prepare: Callable[[ScriptedCore], None] = lambda core: None
+        self.load: Loading = lambda report, bus: None
 
     async def launch(self, address: str) -> EngineProcess:
         core = ScriptedCore()
         self.prepare(core)
-        self.started.append(ThreadedEngine(core, address))
+        self.started.append(ThreadedEngine(core, self.load, address))
         return self.started[-1]
 
     @property
@@ -271,10 +282,14 @@ def main() -> int:
     parser.add_argument("--asks", action="store_true", help="ask where to load the model, and fail with the answer")
     parser.add_argument("--die", action="store_true", help="end without a word while loading")
     parser.add_argument("--die-if-exists", type=Path, help="the same, if there is such a file")
+    parser.add_argument("--stand-still", action="store_true", help="load no further, and say the same for ever")
     arguments = parser.parse_args()
 
-    def load(progress: Progress) -> ScriptedCore:
-        progress(50, 100)
+    def load(report: LoadReport) -> ScriptedCore:
+        report(50, 100)
+        while arguments.stand_still:
+            bus.send(LoadProgress(50, 100))
+            bus.receive(STEP_SECONDS)
         if arguments.fail:
             raise ValueError(arguments.fail)
         if arguments.die or (arguments.die_if_exists and arguments.die_if_exists.exists()):

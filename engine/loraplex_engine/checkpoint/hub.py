@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from loraplex_adapters.files.gguf import SUFFIX, GGUFError, hub_parts, parts_of
 from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_engine.link.load_report import UNREPORTED, LoadReport
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab.txt", "merges.txt")
 # Other layouts of the same weights, in some repositories: never what we read. sentence-transformers numbers the folders
@@ -17,9 +19,9 @@ HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 MAX_LISTED = 8  # files named in one error; the rest are counted
 
 
-def resolve_model(model: str, revision: str | None = None) -> Path:
+def resolve_model(model: str, revision: str | None = None, report: LoadReport = UNREPORTED) -> Path:
     """The directory of a model, or its GGUF file: `model` itself if it is one, else of that hub id (downloaded if need
-    be), which the name of a file may follow.
+    be), which the name of a file may follow. While a download gets on, the report is told.
 
     Raises ModelError if it is neither, or cannot be fetched.
     """
@@ -46,6 +48,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
             revision=revision,
             allow_patterns=list(HUB_FILES) if file is None else [str(part) for part in _parts(file)],
             ignore_patterns=list(HUB_FILES_LEFT_OUT) if file is None else None,
+            tqdm_class=_reporting(report, f"the download of {repository}"),
         )
     except GatedRepoError as error:
         raise ModelError(f"{at}: access is gated: accept its licence on the hub and set HF_TOKEN") from error
@@ -65,6 +68,19 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if file is not None and not (Path(found) / file).is_file():
         raise ModelError(f"{at}: the repository has no file {file}")
     return Path(found) if file is None else Path(found) / file
+
+
+def _reporting(report: LoadReport, what: str) -> Any:
+    """A bar of the hub's library that tells the report of whatever has arrived."""
+    from huggingface_hub.utils.tqdm import tqdm  # only where it is needed, as above
+
+    class Reporting(tqdm):
+        def update(self, n: float | None = 1) -> Any:
+            if n:
+                report.waits(what)
+            return super().update(n)
+
+    return Reporting
 
 
 def _check_no_file_is_meant(model: str, files: Iterable[str]) -> None:

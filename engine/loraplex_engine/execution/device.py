@@ -6,16 +6,21 @@ import logging
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 
 from loraplex_engine.link import host_memory
+from loraplex_engine.link.load_report import LoadReport
 from loraplex_engine.link.messages import Device
 
 logger = logging.getLogger(__name__)
+
+LOOKING_SECONDS = 0.2  # between two looks whether the turn has come
 
 
 def select_device(name: str) -> torch.device:
@@ -58,7 +63,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def loading_turn(device: torch.device) -> Iterator[None]:
+def loading_turn(device: torch.device, report: LoadReport) -> Iterator[None]:
     """Keep other engines of this user from loading onto the same GPU, so that memory found free stays free.
 
     The lock is the operating system's: it ends with the process, however that ends.
@@ -66,14 +71,25 @@ def loading_turn(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    import fcntl  # where there is CUDA there is Linux
-
     gpu = torch.cuda.get_device_properties(device).uuid
     path = Path(tempfile.gettempdir(), f"loraplex-{os.getuid()}-{gpu}.lock")
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        is_ours = _taken(file)
+        if not is_ours:
             logger.info("another engine loads onto %s: waiting for it", device)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        while not is_ours:
+            report.waits(f"its turn to load onto {device}")
+            time.sleep(LOOKING_SECONDS)
+            is_ours = _taken(file)
         yield
+
+
+def _taken(file: IO[Any]) -> bool:
+    """Whether the lock on a file is this process's now."""
+    import fcntl  # where there is CUDA there is Linux
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -17,6 +17,7 @@ from loraplex_engine.execution.memory_profile import cache_budget
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.execution.rank_runners import LeadingRunner
 from loraplex_engine.link.config import USUAL_CACHE_FRACTION, EngineConfig
+from loraplex_engine.link.load_report import LoadReport
 from loraplex_engine.models import LanguageModel, load_model
 from loraplex_engine.models.model import Model
 from loraplex_engine.ranks.exchange import Ranks
@@ -37,22 +38,22 @@ class OtherRanks(Protocol):
         """Wait until the others have loaded their shares → the least memory that is free on the device of one."""
 
 
-def load_runner(config: EngineConfig, path: Path, progress: Progress, others: OtherRanks | None = None) -> ModelRunner:
+def load_runner(config: EngineConfig, path: Path, report: LoadReport, others: OtherRanks | None = None) -> ModelRunner:
     """The model in `path`, ready for steps. Raises ValueError if its cache would hold not even one sequence."""
     ops = rank_ops(config, 0)
-    with _loading_turns(config, ops.device):
-        runner = _first_runner(config, path, ops, progress, others)
+    with _loading_turns(config, ops.device, report):
+        runner = _first_runner(config, path, ops, report, others)
         runner.allocate(_num_blocks([runner], config), config)
         return runner
 
 
 def _first_runner(
-    config: EngineConfig, path: Path, ops: Ops, progress: Progress, others: OtherRanks | None
+    config: EngineConfig, path: Path, ops: Ops, report: LoadReport, others: OtherRanks | None
 ) -> ModelRunner:
     if others is None:
-        return ModelRunner(_load(config, path, ops, progress), ops, config)
+        return ModelRunner(_load(config, path, ops, report), ops, config)
     group = others.join(ops.device)
-    model = load_share(config, path, ops, group, progress)
+    model = load_share(config, path, ops, group, report)
     return LeadingRunner(model, ops, config, group, others.wait_loaded())
 
 
@@ -61,7 +62,7 @@ def load_runners(
     path: Path,
     small: EngineConfig,
     small_path: Path,
-    progress: Progress,
+    report: LoadReport,
     others: OtherRanks | None = None,
 ) -> tuple[ModelRunner, ModelRunner]:
     """The models in both paths on one device, with caches of as many blocks. `small`: the config of the second.
@@ -70,8 +71,8 @@ def load_runners(
     """
     _check_tokenizers(path, small_path)
     ops = rank_ops(config, 0)
-    with _loading_turns(config, ops.device):
-        runner = _first_runner(config, path, ops, progress, others)
+    with _loading_turns(config, ops.device, report):
+        runner = _first_runner(config, path, ops, report, others)
         small = msgspec.structs.replace(small, max_model_len=runner.max_model_len)
         model = _load(small, small_path, ops)
         longest = min(runner.max_model_len, model.config.max_position_embeddings)
@@ -87,12 +88,12 @@ def load_runners(
 
 
 @contextmanager
-def _loading_turns(config: EngineConfig, device: torch.device) -> Iterator[None]:
+def _loading_turns(config: EngineConfig, device: torch.device, report: LoadReport) -> Iterator[None]:
     """The turns to load onto the devices of all ranks, in an order that all engines have in common."""
     devices = [torch.device(name) for name in config.rank_devices] if config.world > 1 else [device]
     with ExitStack() as turns:
         for each in sorted(devices, key=lambda each: each.index or 0):
-            turns.enter_context(loading_turn(each))
+            turns.enter_context(loading_turn(each, report))
         yield
 
 

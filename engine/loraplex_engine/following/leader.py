@@ -24,6 +24,7 @@ from loraplex_engine.following.ready import LoadWatch, RankReady, loaded_note
 from loraplex_engine.link.child import child_command
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.host_memory import resident_bytes
+from loraplex_engine.link.load_report import LoadReport
 from loraplex_engine.link.logs import log_options
 from loraplex_engine.link.messages import RankStats
 from loraplex_engine.ranks.group import Group, Notes, RanksLostError, Watch
@@ -36,9 +37,10 @@ ENDING_SECONDS = 5.0  # for the ranks that are told to end, before they are kill
 class Leader:
     """The other ranks of a model, as the first one sees them. It is the `Mirror` of the adapters on it."""
 
-    def __init__(self, config: EngineConfig, path: Path) -> None:
+    def __init__(self, config: EngineConfig, path: Path, report: LoadReport) -> None:
         """Start the processes of the other ranks, which load the model in `path`."""
         self.shard = Shard.of_process(0, config.tensor_parallel, config.pipeline_parallel)
+        self._report = report
         self._notes = Notes(None, config.world)
         self._adapters = AdapterNotes(self._notes, self.shard, self.check)
         self._numbers = itertools.count(1)
@@ -54,21 +56,20 @@ class Leader:
         return [process.pid for process in self._processes.values()]
 
     def join(self, device: torch.device) -> Group:
-        """Wait until all ranks are there. Raises RanksLostError if one ends or stands still."""
-        self._group = Group(self.shard, self._notes, device, self._load_watch())
+        """Wait until all ranks are there. Raises RanksLostError if one ends."""
+        self._group = Group(self.shard, self._notes, device, self._load_watch("the processes of its other ranks"))
         return self._group
 
     def wait_loaded(self) -> int:
         """Wait until the others have loaded their shares → the least memory that is free on the device of one.
 
-        Raises ValueError with the problem of one that could not, RanksLostError if one ends or stands still.
+        Raises ValueError with the problem of one that could not, RanksLostError if one ends.
         """
-        watch = self._load_watch()
-        return min(self._ready(rank, watch).free_bytes for rank in self._processes)
+        return min(self._ready(rank, self._load_watch(f"rank {rank}")).free_bytes for rank in self._processes)
 
-    def _load_watch(self) -> Watch:
-        """What looks after the other ranks while they load."""
-        load = LoadWatch(self._notes, self._processes)
+    def _load_watch(self, awaited: str) -> Watch:
+        """What looks after the other ranks while they load. One that stands still is the service's to notice."""
+        load = LoadWatch(self._notes, self._report, awaited)
 
         def watch() -> None:
             self.check()

@@ -13,8 +13,7 @@ from loraplex_engine.link.connection import Connection, Send, new_answer, reject
 from loraplex_engine.link.messages import AdaptersChanged, EngineStats, Ping, Pong, SetVocabulary, StepOutput
 from loraplex_engine.link.requests import MAX_PENDING_TOKENS, EngineRequests
 
-# What an engine says once it runs. EngineReady, EngineFailed and LoadProgress come before, and belong to whoever
-# started it.
+# What an engine says once it runs. What it says while it loads belongs to whoever started it.
 Running = StepOutput | AdaptersChanged | Pong
 
 

@@ -277,6 +277,12 @@ class LoadProgress(Message, frozen=True):
     bytes_total: int
 
 
+class LoadWaits(Message, frozen=True):
+    """Sent while loading waits for something, once and then as long as there is reason to."""
+
+    what: str  # "its turn to load onto cuda:0"
+
+
 class AdapterFacts(msgspec.Struct, array_like=True, frozen=True):
     """The result of reading an adapter and binding it to this model, tensor by tensor."""
 
@@ -314,4 +320,4 @@ class Pong(Message, frozen=True):
     stats: EngineStats
 
 
-FromEngine = EngineSized | EngineReady | EngineFailed | LoadProgress | StepOutput | AdaptersChanged | Pong
+FromEngine = EngineSized | EngineReady | EngineFailed | LoadProgress | LoadWaits | StepOutput | AdaptersChanged | Pong

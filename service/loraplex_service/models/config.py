@@ -77,6 +77,7 @@ class SupervisionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
     heartbeat_seconds: float = 2.0  # between two pings of an engine
     heartbeat_timeout_seconds: float = 60.0  # must be longer than the longest step: engines answer between steps
+    load_timeout_seconds: float = 1800.0  # without news of an engine that loads, after which it counts as stuck
     restart_delay_seconds: float = 0.5  # before the first restart; doubles with each failed one
     restart_delay_max_seconds: float = 30.0
     stable_seconds: float = 60.0  # an engine that ran so long starts again with the first delay

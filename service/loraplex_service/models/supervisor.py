@@ -1,4 +1,4 @@
-"""Keeps one base model's engine process alive: starts it, listens for its heartbeat, starts it again when it dies."""
+"""Keeps one base model's engine process alive: starts it, listens for signs of life, starts it again when it dies."""
 
 import asyncio
 import logging
@@ -26,17 +26,18 @@ from loraplex_engine.link.messages import (
     EngineSized,
     LoadOn,
     LoadProgress,
+    LoadWaits,
     Shutdown,
 )
 from loraplex_engine.link.requests import MAX_PENDING_TOKENS
 from loraplex_service.environment import without_secrets
 from loraplex_service.errors import LoraplexError, Unavailable
 from loraplex_service.models.config import SupervisionConfig
+from loraplex_service.models.load_signs import SLICES, LoadSigns
 from loraplex_service.models.placement import NoRoomError, Seat
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_SLICES: Final = 10
 LAST_WORDS_SECONDS: Final = 0.1  # for messages of an ended engine that are still on their way, such as EngineFailed
 RESTART_SECONDS: Final = 5.0  # after which callers may try again
 
@@ -129,7 +130,6 @@ class EngineSupervisor:
         """Begin to load, unless that has begun already. After a failure: try again."""
         if self._run is None or self._run.done():
             self._stop_reason = None
-            self.progress = Progress()
             self._set(EngineState.LOADING)
             self._run = asyncio.create_task(self._keep_alive(), name=f"engine {self.name}")
             self._run.add_done_callback(self._supervision_ended)
@@ -193,15 +193,15 @@ class EngineSupervisor:
         Returns whether it became ready.
         """
         self._num_lives += 1
-        ready = asyncio.Event()
+        load = LoadSigns()
         with ExitStack() as stack:
             try:
                 bus, process = await self._start_process(stack)
             except Exception as error:  # no descriptors, no memory, no directory, …
                 self.error = f"its process could not be started: {error}"
             else:
-                await self._accompany(process, bus, ready)
-        return ready.is_set()
+                await self._accompany(process, bus, load)
+        return load.ready.is_set()
 
     async def _start_process(self, stack: ExitStack) -> tuple[ServiceBus, EngineProcess]:
         """Start the process and bind the bus that it will connect to. The stack closes both."""
@@ -211,14 +211,14 @@ class EngineSupervisor:
         bus = stack.enter_context(ServiceBus(address))
         return bus, await self._launch(address)
 
-    async def _accompany(self, process: EngineProcess, bus: ServiceBus, ready: asyncio.Event) -> None:
-        """Take messages and check the heartbeat until the process is gone."""
+    async def _accompany(self, process: EngineProcess, bus: ServiceBus, load: LoadSigns) -> None:
+        """Take messages and count silence until the process is gone."""
         self.pid = process.pid
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._watch(process))
-                tasks.create_task(self._listen(bus, ready))
-                tasks.create_task(self._beat(ready))
+                tasks.create_task(self._listen(bus, load))
+                tasks.create_task(self._beat(load))
         except* _EngineLost as lost:
             self.error = str(lost.exceptions[0])
         except* Exception as failures:  # whatever it is, the model must not stay without an engine in silence
@@ -232,7 +232,7 @@ class EngineSupervisor:
         await asyncio.sleep(LAST_WORDS_SECONDS)
         raise _EngineLost(f"its process (pid {process.pid}) ended with {_describe_status(status)}")
 
-    async def _listen(self, bus: ServiceBus, ready: asyncio.Event) -> None:
+    async def _listen(self, bus: ServiceBus, load: LoadSigns) -> None:
         while True:
             try:
                 messages = await bus.receive()
@@ -243,10 +243,14 @@ class EngineSupervisor:
             for message in messages:
                 match message:
                     case LoadProgress(bytes_loaded=loaded, bytes_total=total):
-                        self.progress = Progress(loaded, total)
-                        self._changed()
+                        self._note_progress(Progress(loaded, total), load)
+                    case LoadWaits(what=what):
+                        load.note(f"it waited for {what}")
                     case EngineSized():
+                        load.is_asking = True
                         bus.send(await self._place(message))
+                        load.is_asking = False
+                        load.note("it had been told where to load")
                     case EngineFailed(reason=reason):
                         raise _EngineLost(reason)
                     case EngineReady(limits=limits):
@@ -255,10 +259,16 @@ class EngineSupervisor:
                         self.limits = limits
                         self.load_time = time.time()
                         self._set(EngineState.ACTIVE)
-                        ready.set()
+                        load.ready.set()
                     case _:
                         assert self.client is not None, f"{type(message).__name__} before EngineReady"
                         self.client.deliver(message)
+
+    def _note_progress(self, progress: Progress, load: LoadSigns) -> None:
+        if progress != self.progress:  # else it is no news, however often it is said
+            load.note(f"it had read {progress.bytes_loaded} of {progress.bytes_total} bytes")
+            self.progress = progress
+            self._changed()
 
     async def _place(self, sized: EngineSized) -> LoadOn:
         try:
@@ -278,24 +288,37 @@ class EngineSupervisor:
             logger.warning("model %s was replaced: its revision is %s now, was %s", self.name, found, self.revision)
         self.revision = found
 
-    async def _beat(self, ready: asyncio.Event) -> None:
+    async def _beat(self, load: LoadSigns) -> None:
         """Ping the engine, and give up on it when no answer comes.
 
-        A loading engine has no step loop and is not pinged.
+        A loading engine has no step loop and is not pinged: it tells of itself.
         """
-        await ready.wait()
+        await self._expect_loaded(load)
         assert self.client is not None
         while True:
             await self._expect_answer(self.client)
             await asyncio.sleep(self._config.heartbeat_seconds)
 
+    async def _expect_loaded(self, load: LoadSigns) -> None:
+        timeout = self._config.load_timeout_seconds
+        ready = asyncio.create_task(load.ready.wait())
+        try:
+            while not (await asyncio.wait({ready}, timeout=timeout / SLICES))[0]:
+                if load.is_silent():
+                    raise _EngineLost(
+                        f"nothing new was heard of it for {timeout:g} s while it loaded: {load.state}. See whether a "
+                        "process or a file system stands still; if they are only slow, raise "
+                        "supervision.load_timeout_seconds"
+                    )
+        finally:
+            ready.cancel()
+
     async def _expect_answer(self, client: EngineClient) -> None:
         timeout = self._config.heartbeat_timeout_seconds
         ping = asyncio.create_task(client.ping())
         try:
-            # In slices: a service that was itself suspended loses one of them, and kills no healthy engine.
-            for _ in range(HEARTBEAT_SLICES):
-                done, _ = await asyncio.wait({ping}, timeout=timeout / HEARTBEAT_SLICES)
+            for _ in range(SLICES):
+                done, _ = await asyncio.wait({ping}, timeout=timeout / SLICES)
                 if done:
                     return
             raise _EngineLost(f"no sign of life for {timeout:g} s")
@@ -323,6 +346,8 @@ class EngineSupervisor:
         if state is not self.state:
             logger.info("model %s: %s", self.name, state.name)
         self.state = state
+        if state in (EngineState.LOADING, EngineState.RESTARTING):
+            self.progress = Progress()
         if state not in (EngineState.FAILED, EngineState.RESTARTING):
             self.error = ""
         if state in (EngineState.FAILED, EngineState.UNLOADED):

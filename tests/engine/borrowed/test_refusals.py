@@ -15,6 +15,7 @@ from torch import Tensor
 from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_engine.execution.loading import load_runner
 from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.load_report import UNREPORTED
 from tests.reference.borrowed import BORROWED, GROUPED, VOCAB, of
 
 transformers = pytest.importorskip("transformers")
@@ -49,7 +50,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 def load(path: Path, **fields: Any) -> None:
     config = {"model": str(path), "dtype": "float32", "max_model_len": 64, "kernels": "reference"}
-    load_runner(EngineConfig(**{**config, "kv_cache_bytes": 1 << 20, **fields}), path, lambda loaded, total: None)
+    load_runner(EngineConfig(**{**config, "kv_cache_bytes": 1 << 20, **fields}), path, UNREPORTED)
 
 
 def saved(name: str, path: Path) -> Path:

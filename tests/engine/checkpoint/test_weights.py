@@ -230,6 +230,28 @@ def test_a_file_of_a_repository_is_fetched_with_its_parts_alone(
     assert asked == [("owner/name", "abc", ["Q4/x-00001-of-00002.gguf", "Q4/x-00002-of-00002.gguf"])]
 
 
+def test_a_download_is_told_of_as_long_as_something_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+
+    class Told:
+        def __call__(self, bytes_loaded: int, bytes_total: int) -> None:
+            raise AssertionError("nothing is read here")
+
+        def waits(self, what: str) -> None:
+            waited.append(what)
+
+    def snapshot_download(repository: str, **options: Any) -> str:
+        with options["tqdm_class"](total=2, disable=True) as bar:
+            for arrived in (1, 0, 1):
+                bar.update(arrived)
+        (tmp_path / "config.json").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    resolve_model("owner/name", report=Told())
+    assert waited == ["the download of owner/name"] * 2
+
+
 MEANT = r"holds no config\.json, but the GGUF files a\.gguf, b\.gguf: name one of them"
 
 

@@ -22,6 +22,7 @@ from loraplex_engine.execution.memory_profile import cache_budget, largest_step
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftConfig, DraftKind
+from loraplex_engine.link.load_report import UNREPORTED
 from loraplex_engine.link.messages import AddRequest, Device, StepOutput, WantAdapter
 from loraplex_engine.link.pooling import PoolingMethod, PoolingParams
 from loraplex_engine.link.sampling_params import SamplingParams
@@ -79,7 +80,7 @@ def configure(checkpoint: Path, **fields: Any) -> EngineConfig:
 
 
 def load(config: EngineConfig) -> ModelRunner:
-    return load_runner(config, Path(config.model), lambda loaded, total: None)
+    return load_runner(config, Path(config.model), UNREPORTED)
 
 
 # ---- the device ------------------------------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ def test_engines_load_onto_a_gpu_one_after_another(cuda: StandIn, caplog: pytest
             waits.set()
 
     def second() -> None:
-        with loading_turn(device):
+        with loading_turn(device, UNREPORTED):
             events.append("second loads")
 
     logger, handler = logging.getLogger("loraplex_engine.execution.device"), Waiting(logging.INFO)
@@ -305,7 +306,7 @@ def test_engines_load_onto_a_gpu_one_after_another(cuda: StandIn, caplog: pytest
     logger.addHandler(handler)
     thread = threading.Thread(target=second)
     try:
-        with loading_turn(device):
+        with loading_turn(device, UNREPORTED):
             thread.start()
             assert waits.wait(60)
             events.append("first has loaded")

@@ -1,37 +1,36 @@
-"""The first rank waits for the others as long as they read, and gives up on those that stand still."""
+"""The first rank waits for the others, and tells of them as long as they read."""
 
 from __future__ import annotations
 
-import pytest
-
-from loraplex_engine.following.ready import READ, SILENT_SECONDS, LoadWatch, loaded_note
-from loraplex_engine.ranks.group import Notes, RanksLostError
+from loraplex_engine.following.ready import READ, LoadWatch
+from loraplex_engine.ranks.group import Notes
 
 
-class Wait:
-    """The first rank's wait for two others, by a clock of its own."""
+class Told:
+    """A `LoadReport` that is kept."""
 
     def __init__(self) -> None:
-        self.now = 0.0
-        self.notes = Notes(None, 3)
-        self.watch = LoadWatch(self.notes, (1, 2), lambda: self.now)
+        self.waited: list[str] = []
 
-    def check_after(self, seconds: float) -> None:
-        self.now += seconds
-        self.watch.check()
+    def __call__(self, bytes_loaded: int, bytes_total: int) -> None:
+        raise AssertionError("nothing is read here")
 
-
-def test_ranks_that_read_may_take_as_long_as_they_like() -> None:
-    wait = Wait()
-    for _ in range(5):
-        wait.check_after(0.9 * SILENT_SECONDS)
-        wait.notes.add(READ, 1)
+    def waits(self, what: str) -> None:
+        self.waited.append(what)
 
 
-def test_a_rank_that_reads_nothing_more_is_named() -> None:
-    wait = Wait()
-    wait.notes.add(READ, 1)
-    wait.check_after(2 * SILENT_SECONDS)
-    wait.notes.put(loaded_note(1), b"")
-    with pytest.raises(RanksLostError, match="rank 2 has read nothing of the model"):
-        wait.check_after(1.1 * SILENT_SECONDS)
+def test_ranks_that_read_are_told_of_each_time() -> None:
+    notes, told = Notes(None, 3), Told()
+    watch = LoadWatch(notes, told, "rank 2")
+    for count in range(1, 6):
+        watch.check()
+        assert told.waited == ["rank 2"] * count
+        notes.add(READ, 1)
+
+
+def test_ranks_that_stand_still_are_told_of_once() -> None:
+    told = Told()
+    watch = LoadWatch(Notes(None, 3), told, "rank 2")
+    for _ in range(3):
+        watch.check()
+    assert told.waited == ["rank 2"]

@@ -1,6 +1,7 @@
 """The supervisor and real processes that can be killed, stopped and starved."""
 
 import asyncio
+import itertools
 import os
 import shutil
 import signal
@@ -11,8 +12,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from loraplex_engine.link.bus import EngineBus
 from loraplex_engine.link.bus_directory import BusDirectory
 from loraplex_engine.link.client import EngineClient
+from loraplex_engine.link.load_report import LoadReport
 from loraplex_engine.link.messages import AddRequest, EngineSized, LoadOn
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.link.sizes import DeviceMemory, Needs
@@ -20,7 +23,7 @@ from loraplex_service.errors import FailedPrecondition, LoraplexError, Unavailab
 from loraplex_service.models.config import SupervisionConfig
 from loraplex_service.models.placement import NoRoomError
 from loraplex_service.models.supervisor import EngineProcess, EngineState, EngineSupervisor, Launch
-from tests.service.scripted_engine import LIMITS, process_launcher
+from tests.service.scripted_engine import LIMITS, Loading, ThreadedEngines, process_launcher
 
 QUICK = SupervisionConfig(
     heartbeat_seconds=0.05,
@@ -29,6 +32,7 @@ QUICK = SupervisionConfig(
     restart_delay_max_seconds=0.02,
     failed_starts=2,
 )
+IMPATIENT = msgspec.structs.replace(QUICK, load_timeout_seconds=0.5)
 UNLOADED = FailedPrecondition("MODEL_UNLOADED", "unloaded")
 
 
@@ -37,11 +41,13 @@ class FakeSeat:
 
     def __init__(self, problem: str = "") -> None:
         self.problem = problem
+        self.seconds = 0.0  # that an answer takes
         self.asked: list[EngineSized] = []
         self.num_left = 0
 
     async def take(self, sized: EngineSized) -> LoadOn:
         self.asked.append(sized)
+        await asyncio.sleep(self.seconds)
         if self.problem:
             raise NoRoomError(self.problem)
         return LoadOn(["cuda:7"], 0.25)
@@ -76,6 +82,19 @@ class Watched(EngineSupervisor):
 async def supervisor(*arguments: str, config: SupervisionConfig = QUICK, problem: str = "") -> AsyncIterator[Watched]:
     with BusDirectory() as directory:
         watched = Watched(process_launcher(*arguments), directory, config, problem)
+        try:
+            yield watched
+        finally:
+            await watched.stop(UNLOADED)
+
+
+@asynccontextmanager
+async def loading(load: Loading, engines: ThreadedEngines | None = None) -> AsyncIterator[Watched]:
+    """An impatient supervisor of engines that do this while they load."""
+    engines = engines or ThreadedEngines()
+    engines.load = load
+    with BusDirectory() as directory:
+        watched = Watched(engines.launch, directory, IMPATIENT)
         try:
             yield watched
         finally:
@@ -277,6 +296,72 @@ async def test_an_engine_that_gives_no_sign_of_life_is_replaced() -> None:
         assert pid_of(watched) != pid
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+async def test_an_engine_that_says_nothing_new_while_it_loads_is_failed() -> None:
+    async with supervisor("--stand-still", config=IMPATIENT) as watched:
+        watched.start()
+        await watched.wait_settled()
+        assert watched.pid is None
+        assert watched.history == [EngineState.LOADING, EngineState.FAILED]
+        assert "nothing new was heard of it for 0.5 s while it loaded" in watched.error
+        assert "raise supervision.load_timeout_seconds" in watched.error
+
+
+def told(report: LoadReport, bus: EngineBus) -> None:
+    report.waits("its turn")
+
+
+def read(report: LoadReport, bus: EngineBus) -> None:
+    report(50, 100)
+
+
+def placed(report: LoadReport, bus: EngineBus) -> None:
+    bus.send(EngineSized(Needs(1, 2, 3, 4), [DeviceMemory("cpu", 8)]))
+    bus.receive(None)
+
+
+@pytest.mark.parametrize(
+    ("step", "last"),
+    [
+        (told, "it waited for its turn"),
+        (read, "it had read 50 of 100 bytes"),
+        (placed, "it had been told where to load"),
+        (lambda report, bus: None, "its process was starting"),
+    ],
+)
+async def test_of_an_engine_that_stands_still_is_said_how_far_it_came(step: Loading, last: str) -> None:
+    def load(report: LoadReport, bus: EngineBus) -> None:
+        step(report, bus)
+        bus.receive(None)  # nothing more, until it is killed
+
+    async with loading(load) as watched:
+        watched.start()
+        await watched.wait_settled()
+        assert f"while it loaded: {last}. " in watched.error
+
+
+async def test_an_engine_that_stands_still_when_it_starts_again_is_replaced() -> None:
+    engines, lives = ThreadedEngines(), itertools.count(1)
+
+    def load(report: LoadReport, bus: EngineBus) -> None:
+        if next(lives) == 2:
+            bus.receive(None)
+
+    async with loading(load, engines) as watched:
+        watched.start()
+        await watched.wait_settled()
+        engines.started[0].kill()
+        await watched.until(lambda: watched.history[2:] == [EngineState.RESTARTING, EngineState.ACTIVE])
+        assert len(engines.started) == 3
+
+
+async def test_while_an_engine_waits_for_its_place_no_news_of_it_is_expected() -> None:
+    async with loading(placed) as watched:
+        watched.seat.seconds = 3 * IMPATIENT.load_timeout_seconds
+        watched.start()
+        await watched.wait_settled()
+        assert watched.state is EngineState.ACTIVE
 
 
 async def test_an_engine_that_does_not_come_back_is_failed(tmp_path: Path) -> None:
