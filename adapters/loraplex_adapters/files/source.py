@@ -113,7 +113,7 @@ class ReceivedDigest:
             self._is_late |= self._weights is not None
             self._config += chunk
         elif name == WEIGHTS_FILE:
-            self._weights = self._weights or _begin_digest(bytes(self._config))
+            self._weights = self._weights or begin_digest(bytes(self._config))
             self._weights.update(chunk)
         elif name in TEXT_FILES:
             self._texts.setdefault(name, hashlib.sha256()).update(chunk)
@@ -123,7 +123,7 @@ class ReceivedDigest:
         if self._weights is None or not self._config or self._is_late:
             return None
         text = _digest_of_texts({name: hasher.hexdigest() for name, hasher in self._texts.items()})
-        return _with_text(self._weights.hexdigest(), text), text
+        return with_text(self._weights.hexdigest(), text), text
 
 
 def describe(directory: Path, received: ReceivedDigest | None = None) -> AdapterDescription:
@@ -207,19 +207,22 @@ def fingerprint(directory: Path) -> str | None:
 
 def digest_of(config: bytes | None, weights: Iterable[bytes | memoryview], text: str = "") -> str:
     """The digest from the config's bytes, the weights' bytes in pieces of any length, and the text digest."""
-    hasher = _begin_digest(b"" if config is None else config)
+    hasher = begin_digest(config)
     for chunk in weights:
         hasher.update(chunk)
-    return _with_text(hasher.hexdigest(), text)
+    return with_text(hasher.hexdigest(), text)
 
 
-def _begin_digest(config: bytes) -> hashlib._Hash:
+def begin_digest(config: bytes | None) -> hashlib._Hash:
+    """The hasher of a digest, to be updated with the weights' bytes; see `digest_of`."""
+    config = b"" if config is None else config
     hasher = hashlib.sha256(len(config).to_bytes(8, "little"))  # so that no byte can move from one file to the other
     hasher.update(config)
     return hasher
 
 
-def _with_text(digest: str, text: str) -> str:
+def with_text(digest: str, text: str) -> str:
+    """The digest of all of an adapter's files, from that of config and weights and the text digest."""
     return hashlib.sha256(f"{digest} {text}".encode()).hexdigest() if text else digest
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -20,9 +20,17 @@ from loraplex_adapters.runtime.folding import Values, replaced_parameters, stack
 from loraplex_adapters.runtime.mirror import Total, own_total
 from loraplex_adapters.runtime.replaced import ReplacedParameters
 from loraplex_adapters.runtime.targets import HEAD_MODULE, LoraTarget, Module, TargetKind, named_by
+from loraplex_adapters.runtime.tensors import outlines
 from loraplex_kernels.ops import LoraWeights
 
 MAX_LISTED = 10  # patterns in a warning
+
+# Is told of a site and its weights.
+Made = Callable[[str, LoraWeights], None]
+
+
+def nothing_made(site: str, weights: LoraWeights) -> None:
+    """Do nothing with the weights of a site yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +54,12 @@ def bind(
     max_rank: int,
     rest: Rest = no_rest,
     total: Total = own_total,
+    made: Made = nothing_made,
 ) -> BoundAdapter:
     """Bind an adapter to a model: find each tensor's place, check it, fold the scale into B, convert, stack.
+
+    All names and shapes are checked before the values of the first tensor are asked for. `made` is told of each site's
+    weights as soon as there are some, even if a later one has the adapter refused.
 
     The A matrices of projections that share a linear are stacked; absent projections are simply absent. Raises
     AdapterRejected naming every tensor that has no place, no partner, or the wrong shape, rank or values; its reason is
@@ -57,6 +69,7 @@ def bind(
     mismatches: list[str] = []  # shapes of another base model
     split = split_tensor_names(tensors, rest)
     split, tensors = split_experts(split, tensors, targets, mismatches, rest)
+    shapes = outlines(tensors)
     split = replace(split, names=[_as_trained(name, config) for name in resting(split.names, rest)])
     placed = _place(split, targets, problems, rest)
     heads = [placed.pop(name) for name in list(placed) if placed[name].target.kind is TargetKind.CLASSIFIER]
@@ -67,7 +80,7 @@ def bind(
         problems.extend(_part_problems(module, config, saved))
         embedding = placed.get(module.target.tied_to or "") if config.ensure_weight_tying else None
         shaped_as = embedding or module  # a tied head's LoRA is the embedding's, transposed
-        problems.extend(_shape_problems(module, shaped_as, tensors, config, max_rank, mismatches))
+        problems.extend(_shape_problems(module, shaped_as, shapes, config, max_rank, mismatches))
     problems.extend(_overlaps(list(placed.values())))
     problems.extend(_unmet(placed, targets, split.towers, config, bool(heads)))
     problems.extend(half_tied(placed, targets, config))
@@ -76,7 +89,8 @@ def bind(
     if mismatches or problems:
         raise AdapterRejected([*mismatches, *problems], BASE_MISMATCH if mismatches else INVALID)
     own = {name: module for name, module in placed.items() if not module.target.is_elsewhere}
-    values = Values({**tensors, **dict(_held(resting(own.values(), rest), tensors))}, dtype, problems, rest, total)
+    held = dict(_held(resting(own.values(), rest), tensors))
+    values = Values(tensors, held, dtype, problems, rest, total)
     settle(own, targets, config, values)
     modules = list(own.values())
     replaced = replaced_parameters(modules, config, targets, values)
@@ -84,7 +98,10 @@ def bind(
     for module in modules:
         if module.parts.keys() & {"A", "bias"} and module.target.kind is not TargetKind.NORM:
             by_site.setdefault(module.target.site, []).append(module)
-    weights = {site: stacked(members, config, targets, values) for site, members in by_site.items()}
+    weights: dict[str, LoraWeights] = {}
+    for site, members in by_site.items():
+        weights[site] = stacked(members, config, targets, values)
+        made(site, weights[site])
     if problems:
         raise AdapterRejected(problems)
     adapted = [module for module in placed.values() if module.is_adapted]
@@ -94,7 +111,7 @@ def bind(
     changes = not _all_zero(weights) or any(tensors[each.key("B")].any() for each in elsewhere if each.is_adapted)
     return BoundAdapter(
         weights,
-        {module.name: len(tensors[module.key("A")]) for module in adapted},
+        {module.name: len(shapes[module.key("A")]) for module in adapted},
         ReplacedParameters(replaced) if replaced else None,
         config.invocation_tokens,
         _why_whole(config, replaces or trains_bias, head is not None),

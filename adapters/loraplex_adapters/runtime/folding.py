@@ -25,6 +25,7 @@ class Values:
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
+        held: Mapping[str, Tensor],  # that come instead of those of the same names
         dtype: torch.dtype,
         problems: list[str],
         rest: Rest,
@@ -34,6 +35,7 @@ class Values:
         self.rest = rest
         self.total = total
         self._tensors = tensors
+        self._held = held
         self._dtype = dtype
 
     def float32(self, key: str) -> Tensor:
@@ -44,7 +46,7 @@ class Values:
 
     def converted(self, key: str, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """tensor · scale, multiplied in float32, contiguous."""
-        dtype, tensor = dtype or self._dtype, self._tensors[key]
+        dtype, tensor = dtype or self._dtype, self._held[key] if key in self._held else self._tensors[key]
         scaled = tensor.to(torch.float32) * scale if scale != 1.0 else tensor
         result = scaled.to(dtype).contiguous()
         if not all_finite(result):

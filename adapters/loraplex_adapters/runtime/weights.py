@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 
 import torch
@@ -14,10 +13,16 @@ from torch import Tensor
 from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.files.config import LoRAConfig
 from loraplex_adapters.files.names import PEFT_PREFIX, base_module_candidates
-from loraplex_adapters.files.safetensors import TensorEntry
-from loraplex_adapters.files.source import digest_of, open_weights, read_config_bytes, read_settings, text_digest
+from loraplex_adapters.files.source import (
+    begin_digest,
+    open_weights,
+    read_config_bytes,
+    read_settings,
+    text_digest,
+    with_text,
+)
 from loraplex_adapters.key import AdapterKey
-from loraplex_adapters.pace import Rest, no_rest, resting
+from loraplex_adapters.pace import Rest, no_rest
 from loraplex_adapters.runtime.binding import BoundAdapter, bind
 from loraplex_adapters.runtime.classifier import CLASSIFIER_SITE
 from loraplex_adapters.runtime.composition import combine
@@ -25,22 +30,12 @@ from loraplex_adapters.runtime.layer import EMBEDDING_SITE, EmbeddingLora
 from loraplex_adapters.runtime.mirror import Total, own_total
 from loraplex_adapters.runtime.replaced import REPLACED_SITE
 from loraplex_adapters.runtime.targets import LoraTarget
+from loraplex_adapters.runtime.tensors import FileTensors, unseen
 from loraplex_adapters.runtime.untouched import leaves_cache
 from loraplex_kernels.ops import LoraWeights, PackedLora
 
-PIECE_BYTES = 1 << 18  # read and hashed at once
-
 B_ENDING = ".lora_B.weight"
 NEIGHBOURED = (f".q_proj{B_ENDING}", f".k_proj{B_ENDING}")
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +85,10 @@ def load_adapter(
 
     is_hashed: that was checked. Raises AdapterRejected; OSError if the disk fails.
     """
-    tensors, config = _read(key, directory, targets, rest, is_hashed)
-    bound = bind(tensors, config, targets, dtype, max_rank, rest, total)
-    packed = pack_adapter(bound, pack, rest)
+    layout = _Layout(pack, rest)
+    with _opened(key, directory, targets, rest, is_hashed) as (tensors, config):
+        bound = bind(tensors, config, targets, dtype, max_rank, rest, total, layout.add)
+    packed = layout.whole(bound)
     warnings = (*config.warnings, *bound.warnings)
     labels = (0, False) if bound.head is None else (bound.head.num_labels, bound.head.each_token)
     untouched = leaves_cache(bound, targets)
@@ -115,43 +111,33 @@ def load_composition(
     """
     parts = []
     for (member, weight), directory in zip(key.parts, directories, strict=True):
-        tensors, config = _read(member, directory, targets, rest)
-        parts.append((str(member), bind(tensors, config, targets, dtype, max_rank, rest), weight))
+        with _opened(member, directory, targets, rest) as (tensors, config):
+            parts.append((str(member), bind(tensors, config, targets, dtype, max_rank, rest), weight))
     bound = combine(parts, rest)
     untouched = leaves_cache(bound, targets)
     return LoadedAdapter(key, pack_adapter(bound, pack, rest), bound.ranks, (), leaves_cache=untouched)
 
 
-def _read(
+@contextmanager
+def _opened(
     key: AdapterKey, directory: Path, targets: Mapping[str, LoraTarget], rest: Rest, is_hashed: bool = False
-) -> tuple[dict[str, Tensor], LoRAConfig]:
-    """The tensors and the config of the version that `key` names.
+) -> Iterator[tuple[Mapping[str, Tensor], LoRAConfig]]:
+    """The tensors, to be read within the block, and the config of the version that `key` names.
 
     The bytes that are checked are the bytes that are used: the file is read once.
     """
     config_bytes = read_config_bytes(directory)
     with open_weights(directory) as file:
         config, header = read_settings(config_bytes, file)
-        unsupported = [
-            f"{name}: dtype {entry.dtype}, a float is expected"
-            for name, entry in header.tensors.items()
-            if entry.dtype not in _DTYPES
-        ]
-        if unsupported:
-            raise AdapterRejected(unsupported)
-        file.seek(0)
-        # Not a bytearray: Python would fill it with zeros first, and hold up all other threads meanwhile.
-        content = torch.empty(header.data_start + header.data_bytes, dtype=torch.uint8)
-        pieces = [content[start : start + PIECE_BYTES] for start in range(0, len(content), PIECE_BYTES)]
-        weights = resting((_filled(piece, file, directory) for piece in pieces), rest)
-        if is_hashed:
-            deque(weights, maxlen=0)
-        elif (found := digest_of(config_bytes, weights, text_digest(directory))) != key.digest:
-            problem = f"the files have the digest {found[:12]}…, not {key.digest[:12]}…: they were changed"
-            raise AdapterRejected([problem])
-    data = content[header.data_start :]
-    tensors = {name: _tensor(data, entry) for name, entry in resting(header.tensors.items(), rest)}
-    return _in_halves(tensors, targets) if config.rows_neighboured else tensors, config
+        hasher = begin_digest(config_bytes)
+        tensors = FileTensors(file, header, rest, unseen if is_hashed else hasher.update)
+        if not is_hashed:
+            tensors.read_all()
+            found = with_text(hasher.hexdigest(), text_digest(directory))
+            if found != key.digest:
+                problem = f"the files have the digest {found[:12]}…, not {key.digest[:12]}…: they were changed"
+                raise AdapterRejected([problem])
+        yield _in_halves(tensors, targets) if config.rows_neighboured else tensors, config
 
 
 def _in_halves(tensors: Mapping[str, Tensor], targets: Mapping[str, LoraTarget]) -> dict[str, Tensor]:
@@ -185,29 +171,32 @@ def _halves(tensor: Tensor, size: int) -> Tensor:
     return heads.transpose(1, 2).reshape(tensor.shape)
 
 
-def _filled(piece: Tensor, file: BufferedReader, directory: Path) -> memoryview:
-    """The next bytes of the file. Hashed piece by piece, while they are in the core's cache."""
-    view: memoryview = piece.numpy().data
-    if file.readinto(view) != len(piece):
-        raise AdapterRejected([f"{directory.name}: the weights became shorter while they were read"])
-    return view
-
-
 def pack_adapter(
     bound: BoundAdapter, pack: Callable[[LoraWeights], PackedLora], rest: Rest = no_rest
-) -> dict[str, PackedLora]:
+) -> Mapping[str, PackedLora]:
     """The packed weights for each site's table."""
-    packed: dict[str, PackedLora] = {}
-    for site, weights in resting(bound.weights.items(), rest):
-        packed[site] = EmbeddingLora(weights) if site == EMBEDDING_SITE else pack(weights)
-    if bound.replaced is not None:
-        packed[REPLACED_SITE] = bound.replaced
-    if bound.head is not None:
-        packed[CLASSIFIER_SITE] = bound.head
-    return packed
+    layout = _Layout(pack, rest)
+    for site, weights in bound.weights.items():
+        layout.add(site, weights)
+    return layout.whole(bound)
 
 
-def _tensor(data: Tensor, entry: TensorEntry) -> Tensor:
-    """A copy of one tensor: aligned, whatever its offset in the file, and independent of the file's buffer."""
-    begin, end = entry.data_offsets
-    return data[begin:end].clone().view(_DTYPES[entry.dtype]).view(entry.shape)
+class _Layout:
+    """An adapter's weights as the kernels read them, laid out site by site."""
+
+    def __init__(self, pack: Callable[[LoraWeights], PackedLora], rest: Rest) -> None:
+        self._pack = pack
+        self._rest = rest
+        self._packed: dict[str, PackedLora] = {}  # by site
+
+    def add(self, site: str, weights: LoraWeights) -> None:
+        self._packed[site] = EmbeddingLora(weights) if site == EMBEDDING_SITE else self._pack(weights)
+        self._rest()
+
+    def whole(self, bound: BoundAdapter) -> Mapping[str, PackedLora]:
+        """The sites that were added, and what else the adapter has."""
+        if bound.replaced is not None:
+            self._packed[REPLACED_SITE] = bound.replaced
+        if bound.head is not None:
+            self._packed[CLASSIFIER_SITE] = bound.head
+        return self._packed
