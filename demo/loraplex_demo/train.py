@@ -20,7 +20,7 @@ from random import Random
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -188,8 +188,10 @@ RECIPES = (
 )
 
 
-def batches(examples: Iterator[Example], pad_token_id: int, rng: Random) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids and labels, both [rows, length], of about TOKENS_PER_BATCH tokens; rows are documents of like length.
+def batches(
+    examples: Iterator[Example], pad_token_id: int, rng: Random, tokens_per_batch: int = TOKENS_PER_BATCH
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and labels, both [rows, length], of at most so many tokens; rows are documents of like length.
 
     Padding stands on the right, where a causal model does not see it: no attention mask is needed.
     """
@@ -197,7 +199,7 @@ def batches(examples: Iterator[Example], pad_token_id: int, rng: Random) -> Iter
         pool = sorted(islice(examples, 512), key=lambda example: len(example.token_ids))
         groups: list[list[Example]] = [[]]
         for example in pool:
-            if (len(groups[-1]) + 1) * len(example.token_ids) > TOKENS_PER_BATCH:
+            if (len(groups[-1]) + 1) * len(example.token_ids) > tokens_per_batch:
                 groups.append([])
             groups[-1].append(example)
         rng.shuffle(groups)
@@ -304,12 +306,18 @@ def make_adapter(
     logger.info("%s/%s: %d parameters", recipe.name, adapter.name, model.get_nb_trainable_parameters()[0])
     fit(model, _data(adapter.draw, tokenizer, recipe, seed), round(adapter.num_steps * speed))
 
-    directory = _fresh(root / "adapters" / adapter.name)
+    save_adapter(model, root / "adapters" / adapter.name)
+
+
+def save_adapter(model: PeftModel, directory: Path) -> None:
+    """Write an adapter in bfloat16, in place of what the directory had."""
+    _fresh(directory)
     model.save_pretrained(str(directory), save_embedding_layers=False)
     (directory / "README.md").unlink()  # PEFT's empty model card
     _round_to_bfloat16(directory / "adapter_model.safetensors")
     # PEFT writes them in the order of a set, which changes from run to run.
-    _edit_json(directory / "adapter_config.json", target_modules=sorted(adapter.lora["target_modules"]))
+    file = directory / "adapter_config.json"
+    _edit_json(file, target_modules=sorted(json.loads(file.read_text())["target_modules"]))
 
 
 def _data(

