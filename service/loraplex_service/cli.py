@@ -1,4 +1,7 @@
-"""The command line: `loraplex serve` and `loraplex demo` run a server, everything else is a client of one."""
+"""The command line: commands that run something, that work on this machine's files, and that call a server.
+
+docs/commands.md lists them all.
+"""
 
 import errno
 import os

@@ -73,6 +73,11 @@ def test_commands_can_be_given_as_they_are_shown(page: Path) -> None:
         CHECKS[program](arguments)
 
 
+def test_the_page_of_the_command_line_lists_every_command_once() -> None:
+    listed = re.findall(r"^\| `([a-z]+)` \|", (ROOT / "docs/commands.md").read_text().split("\n## ")[0], re.MULTILINE)
+    assert sorted(listed) == sorted(main.list_commands(click.Context(main)))
+
+
 def test_commands_are_found_at_all() -> None:
     programs = [words(command)[0] for page in PAGES for command in commands(page)]
     assert programs.count("loraplex") > 25

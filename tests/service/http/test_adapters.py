@@ -10,6 +10,7 @@ from loraplex import NotFound
 from loraplex_service.auth.config import AuthConfig
 from loraplex_service.auth.keys import KeyFile, make_key, write_keys
 from loraplex_service.auth.principal import Role
+from loraplex_service.http.trainers import ALIASES
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 from tests.service.http.caller import Answer, Caller, caller_of
 from tests.service.http.test_process import ask, needs_uvicorn, request_of
@@ -35,8 +36,10 @@ async def load(caller: Caller, path: Path, name: str = "pirate", **given: Any) -
     return await caller.post(LOAD, {"lora_name": name, "lora_path": str(path)} | given)
 
 
-async def test_an_adapter_that_was_loaded_is_served_at_once(alone: ControlPlane, manager: Caller) -> None:
-    answer = await load(manager, write_adapter(alone.roots / "pirate"))
+@pytest.mark.parametrize("path", [LOAD, *(alias for alias, path in ALIASES.items() if path == LOAD)])
+async def test_an_adapter_that_was_loaded_is_served_at_once(alone: ControlPlane, manager: Caller, path: str) -> None:
+    directory = write_adapter(alone.roots / "pirate")
+    answer = await manager.post(path, {"lora_name": "pirate", "lora_path": str(directory)})
     assert (answer.status, answer.json["name"]) == (200, "tenants/shared/adapters/pirate")
     said = await manager.chat(model="pirate")
     assert (said.status, said.headers["loraplex-adapter-version"]) == (200, answer.json["version"])
