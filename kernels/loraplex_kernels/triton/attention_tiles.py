@@ -197,7 +197,7 @@ def arguments(q: Tensor, cache: LayerKV, metadata: AttentionMetadata, scoring: S
         "BLOCK_SIZE": cache.block_size,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "BLOCK_D": max(LEAST_STEP, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": max(LEAST_STEP.value, triton.next_power_of_2(head_dim)),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }

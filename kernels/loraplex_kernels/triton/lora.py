@@ -2,8 +2,10 @@
 
 The device finds an adapter through a table of addresses, so every adapter keeps its own tensors at its own ranks. A
 tile of rows belongs to one adapter. Shrink splits the input features between programs and writes their sums apart;
-expand adds them up. The grid follows from the number of rows and segments alone: the resident adapters and their ranks
-may change under a captured CUDA graph, as long as no rank exceeds the table's capacity.
+expand adds them up. All pieces of work are numbered in a row, of which program p of n takes every n-th from p on. Each
+program counts them for itself, from the segments on the device: segments, resident adapters and their ranks may change
+under a captured CUDA graph, as long as no rank exceeds the table's capacity, and a tile's features are split between
+the more programs the fewer tiles there are.
 """
 
 # ruff: noqa: N803  (what is fixed when a kernel is compiled is upper case, as everywhere in Triton)
@@ -32,47 +34,48 @@ from loraplex_kernels.triton.lora_table import (
     TritonLoraTable,
     TritonLoraTables,
 )
-from loraplex_kernels.triton.primitives import dot, locate_tile
+from loraplex_kernels.triton.primitives import LEAST_STEP, PROGRAMS_EACH, dot, locate_work, room_for_ranges
 
 C_STEP_BYTES = 256  # of the input features that shrink takes at a time
 BLOCK_N = 128
-STEP_SIZES, STEP_TENSORS = ["num_segments", "num_rows"], ["slots", "starts", "ends"]  # must not make new kernels
+SCALED_BLOCK_N = 64
+MAX_SPLITS = 16  # of the input features of a tile
+STEP_SIZES = ["num_segments", "num_rows", "most_work", "max_splits"]  # these and
+STEP_TENSORS = ["slots", "starts", "ends"]  # these must not make new kernels
 
 
-@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
-def _shrink(
-    x: tl.tensor,  # [T, C]
-    shrunk: tl.tensor,  # float32 [SPLITS, T, capacity]
-    entries: tl.tensor,  # int64 [slots, ENTRY_SIZE]
-    slots: tl.tensor,  # int32 [G]
-    starts: tl.tensor,  # int32 [G]
-    ends: tl.tensor,  # int32 [G]
-    num_segments: tl.tensor,
-    num_rows: tl.tensor,  # T
+@triton.jit
+def _tiles_through(
+    starts: tl.tensor, ends: tl.tensor, num_segments: tl.tensor, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr
+) -> tl.tensor:
+    """The tiles of the segments up to each → int32 [BLOCK_G], and those of all."""
+    segments = tl.arange(0, BLOCK_G)
+    there = segments < num_segments
+    num_rows = tl.load(ends + segments, mask=there, other=0) - tl.load(starts + segments, mask=there, other=0)
+    through = tl.cumsum(tl.cdiv(num_rows, BLOCK_M), axis=0)
+    return through, tl.max(through, axis=0)
+
+
+@triton.jit
+def _splits(num_tiles: tl.tensor, most_work: tl.tensor, max_splits: tl.tensor) -> tl.tensor:
+    """The programs that share the input features of a tile, such that there is work for as many as there are."""
+    return tl.maximum(tl.minimum(most_work // tl.maximum(num_tiles, 1), max_splits), 1)
+
+
+@triton.jit
+def _shrink_tile(
+    x_rows: tl.tensor,  # [M, 1]: where the tile's rows begin
+    out_rows: tl.tensor,  # [M, 1]
+    a: tl.tensor,  # [R, C]
+    rank: tl.tensor,  # R
+    row_mask: tl.tensor,  # [M, 1]
     in_features: tl.tensor,  # C
-    capacity: tl.tensor,
-    SPLITS: tl.constexpr,
+    first_column: tl.tensor,
+    last_column: tl.tensor,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    tile, split = tl.program_id(0), tl.program_id(1)
-    segment = locate_tile(starts, num_segments, tile, BLOCK_M)
-    start, end = tl.load(starts + segment), tl.load(ends + segment)
-    first = start + (tile - (start // BLOCK_M + segment)) * BLOCK_M
-    if first >= end:
-        return
-    entry = entries + tl.load(slots + segment) * ENTRY_SIZE
-    rank = tl.load(entry + SUM_OF_RANKS).to(tl.int32)
-    a = tl.multiple_of(tl.load(entry + A_ADDRESS).to(tl.pointer_type(x.dtype.element_ty)), 16)
-
-    rows = first + tl.arange(0, BLOCK_M)
-    row_mask = (rows < end)[:, None]
-    x_rows = x + rows.to(tl.int64)[:, None] * in_features
-    share = tl.cdiv(tl.cdiv(in_features, SPLITS), BLOCK_C) * BLOCK_C
-    first_column = split * share
-    last_column = tl.minimum(first_column + share, in_features)
-    out_rows = shrunk + (split * num_rows + rows).to(tl.int64)[:, None] * capacity
     for first_rank in range(0, rank, BLOCK_R):
         ranks = first_rank + tl.arange(0, BLOCK_R)
         rank_mask = (ranks < rank)[None, :]
@@ -87,6 +90,51 @@ def _shrink(
         tl.store(out_rows + ranks[None, :], sums, mask=row_mask & rank_mask)
 
 
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
+def _shrink(
+    x: tl.tensor,  # [T, C]
+    shrunk: tl.tensor,  # float32 [max splits, T, capacity]
+    entries: tl.tensor,  # int64 [slots, ENTRY_SIZE]
+    slots: tl.tensor,  # int32 [G]
+    starts: tl.tensor,  # int32 [G]
+    ends: tl.tensor,  # int32 [G]
+    num_segments: tl.tensor,
+    num_rows: tl.tensor,  # T
+    most_work: tl.tensor,
+    max_splits: tl.tensor,
+    in_features: tl.tensor,  # C
+    capacity: tl.tensor,
+    BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    through, num_tiles = _tiles_through(starts, ends, num_segments, BLOCK_G, BLOCK_M)
+    splits = _splits(num_tiles, most_work, max_splits)
+    share = tl.cdiv(tl.cdiv(in_features, splits), BLOCK_C) * BLOCK_C
+    for work in range(tl.program_id(0), num_tiles * splits, tl.num_programs(0)):
+        segment, tile = locate_work(through, work // splits)
+        split = work % splits
+        rows = tl.load(starts + segment) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_mask = (rows < tl.load(ends + segment))[:, None]
+        entry = entries + tl.load(slots + segment) * ENTRY_SIZE
+        rank = tl.load(entry + SUM_OF_RANKS).to(tl.int32)
+        a = tl.multiple_of(tl.load(entry + A_ADDRESS).to(tl.pointer_type(x.dtype.element_ty)), 16)
+        x_rows = x + rows.to(tl.int64)[:, None] * in_features
+        out_rows = shrunk + (split * num_rows + rows).to(tl.int64)[:, None] * capacity
+        first_column = split * share
+        last_column = tl.minimum(first_column + share, in_features)
+        if rank <= LEAST_STEP:
+            _shrink_tile(
+                x_rows, out_rows, a, rank, row_mask, in_features, first_column, last_column, BLOCK_M, LEAST_STEP,
+                BLOCK_C,
+            )  # fmt: skip
+        else:
+            _shrink_tile(
+                x_rows, out_rows, a, rank, row_mask, in_features, first_column, last_column, BLOCK_M, BLOCK_R, BLOCK_C
+            )
+
+
 @triton.jit
 def _expand_tile(
     y: tl.tensor,
@@ -97,10 +145,10 @@ def _expand_tile(
     rows: tl.tensor,  # [M]
     row_mask: tl.tensor,  # [M]
     num_rows: tl.tensor,
+    splits: tl.tensor,
     out_features: tl.tensor,
     capacity: tl.tensor,
     ALIGNED: tl.constexpr,  # the slice begins and ends at output columns that are multiples of ALIGNMENT
-    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -125,7 +173,7 @@ def _expand_tile(
         inner_mask = row_mask[:, None] & rank_mask[None, :]
         part = rows[:, None] * capacity + (rank_start + ranks)[None, :]
         inner = tl.load(shrunk + part, mask=inner_mask, other=0)
-        for split in tl.static_range(1, SPLITS):
+        for split in range(1, splits):
             inner += tl.load(shrunk + split * split_stride + part, mask=inner_mask, other=0)
         b_tile = tl.load(b + ranks[:, None] * b_stride + columns[None, :], mask=rank_mask[:, None] & b_mask, other=0)
         sums = dot(inner.to(b_tile.dtype), b_tile, sums)
@@ -137,50 +185,47 @@ def _expand_tile(
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _expand(
     y: tl.tensor,  # [T, N], read and written
-    shrunk: tl.tensor,  # float32 [SPLITS, T, capacity]
+    shrunk: tl.tensor,  # float32 [max splits, T, capacity]
     entries: tl.tensor,  # int64 [slots, ENTRY_SIZE]
     slots: tl.tensor,  # int32 [G]
     starts: tl.tensor,  # int32 [G]
     ends: tl.tensor,  # int32 [G]
     num_segments: tl.tensor,
     num_rows: tl.tensor,  # T
+    most_work: tl.tensor,  # of shrink
+    max_splits: tl.tensor,
     out_features: tl.tensor,  # N
     capacity: tl.tensor,
-    SPLITS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    tile = tl.program_id(0)
-    segment = locate_tile(starts, num_segments, tile, BLOCK_M)
-    start, end = tl.load(starts + segment), tl.load(ends + segment)
-    first = start + (tile - (start // BLOCK_M + segment)) * BLOCK_M
-    if first >= end:
-        return
-    entry = entries + tl.load(slots + segment) * ENTRY_SIZE
-    # The second axis numbers the column tiles of the slices, one slice after the other.
-    num_slices = tl.load(entry + NUM_SLICES).to(tl.int32)
+    through, num_tiles = _tiles_through(starts, ends, num_segments, BLOCK_G, BLOCK_M)
+    splits = _splits(num_tiles, most_work, max_splits)
+    column_tiles = tl.cdiv(out_features, BLOCK_N) + MAX_SLICES - 1  # of any slices, one after the other
     slices = tl.arange(0, MAX_SLICES)
-    num_columns = tl.load(entry + OUT_FEATURES + slices, mask=slices < num_slices, other=0)
-    tiles_through = tl.cumsum(tl.cdiv(num_columns, BLOCK_N).to(tl.int32), axis=0)
-    column_tile = tl.program_id(1)
-    piece = tl.sum((tiles_through <= column_tile).to(tl.int32), axis=0)
-    if piece >= num_slices:
-        return
-    tiles_before = tl.max(tl.where(slices < piece, tiles_through, 0), axis=0)
-    first_column = (column_tile - tiles_before) * BLOCK_N
-    rows = first + tl.arange(0, BLOCK_M)
-    row_mask = rows < end
-    if (tl.load(entry + OUT_START + piece) | tl.load(entry + OUT_FEATURES + piece)) % ALIGNMENT == 0:
-        _expand_tile(
-            y, shrunk, entry, piece, first_column, rows, row_mask, num_rows, out_features, capacity,
-            True, SPLITS, BLOCK_M, BLOCK_R, BLOCK_N,
-        )  # fmt: skip
-    else:
-        _expand_tile(
-            y, shrunk, entry, piece, first_column, rows, row_mask, num_rows, out_features, capacity,
-            False, SPLITS, BLOCK_M, BLOCK_R, BLOCK_N,
-        )  # fmt: skip
+    for work in range(tl.program_id(0), num_tiles * column_tiles, tl.num_programs(0)):
+        segment, tile = locate_work(through, work // column_tiles)
+        entry = entries + tl.load(slots + segment) * ENTRY_SIZE
+        num_slices = tl.load(entry + NUM_SLICES).to(tl.int32)
+        num_columns = tl.load(entry + OUT_FEATURES + slices, mask=slices < num_slices, other=0)
+        columns_through = tl.cumsum(tl.cdiv(num_columns, BLOCK_N).to(tl.int32), axis=0)
+        piece, column_tile = locate_work(columns_through, work % column_tiles)
+        if piece < num_slices:
+            rows = tl.load(starts + segment) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            row_mask = rows < tl.load(ends + segment)
+            first_column = column_tile * BLOCK_N
+            if (tl.load(entry + OUT_START + piece) | tl.load(entry + OUT_FEATURES + piece)) % ALIGNMENT == 0:
+                _expand_tile(
+                    y, shrunk, entry, piece, first_column, rows, row_mask, num_rows, splits, out_features, capacity,
+                    True, BLOCK_M, BLOCK_R, BLOCK_N,
+                )  # fmt: skip
+            else:
+                _expand_tile(
+                    y, shrunk, entry, piece, first_column, rows, row_mask, num_rows, splits, out_features, capacity,
+                    False, BLOCK_M, BLOCK_R, BLOCK_N,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=STEP_TENSORS)
@@ -192,28 +237,26 @@ def _scale(
     ends: tl.tensor,  # int32 [G]
     num_segments: tl.tensor,
     out_features: tl.tensor,  # N
+    BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    tile = tl.program_id(0)
-    segment = locate_tile(starts, num_segments, tile, BLOCK_M)
-    start, end = tl.load(starts + segment), tl.load(ends + segment)
-    first = start + (tile - (start // BLOCK_M + segment)) * BLOCK_M
-    if first >= end:
-        return
-    address = tl.load(entries + tl.load(slots + segment) * ENTRY_SIZE + AFFINE_ADDRESS)
-    if address == 0:
-        return
-    affine = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)  # [2, N]
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = columns < out_features
-    gain = tl.load(affine + columns, mask=inside, other=0)
-    offset = tl.load(affine + out_features + columns, mask=inside, other=0)
-    rows = first + tl.arange(0, BLOCK_M)
-    place = y + rows.to(tl.int64)[:, None] * out_features + columns[None, :]
-    mask = (rows < end)[:, None] & inside[None, :]
-    values = tl.load(place, mask=mask, other=0).to(tl.float32) * gain[None, :] + offset[None, :]
-    tl.store(place, values.to(y.dtype.element_ty), mask=mask)
+    through, num_tiles = _tiles_through(starts, ends, num_segments, BLOCK_G, BLOCK_M)
+    column_tiles = tl.cdiv(out_features, BLOCK_N)
+    for work in range(tl.program_id(0), num_tiles * column_tiles, tl.num_programs(0)):
+        segment, tile = locate_work(through, work // column_tiles)
+        address = tl.load(entries + tl.load(slots + segment) * ENTRY_SIZE + AFFINE_ADDRESS)
+        if address != 0:
+            affine = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)  # [2, N]
+            columns = work % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+            inside = columns < out_features
+            gain = tl.load(affine + columns, mask=inside, other=0)
+            offset = tl.load(affine + out_features + columns, mask=inside, other=0)
+            rows = tl.load(starts + segment) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            place = y + rows.to(tl.int64)[:, None] * out_features + columns[None, :]
+            mask = (rows < tl.load(ends + segment))[:, None] & inside[None, :]
+            values = tl.load(place, mask=mask, other=0).to(tl.float32) * gain[None, :] + offset[None, :]
+            tl.store(place, values.to(y.dtype.element_ty), mask=mask)
 
 
 def segmented_lora(
@@ -233,29 +276,40 @@ def segmented_lora(
     longest = max(end - start for _, start, end in segments.ranges)
     block_m, num_warps = (16, 4) if longest <= 16 else (64, 8)
     block_c = C_STEP_BYTES // x.element_size()
-    num_tiles = num_rows // block_m + num_segments
-    splits = _choose_splits(num_tiles, triton.cdiv(table.in_features, block_c), num_multiprocessors)
-    shrunk = torch.empty((splits, num_rows, table.capacity), dtype=torch.float32, device=x.device)
-    where = (table.entries, segments.slots, segments.starts, segments.ends, num_segments, num_rows)
-    _shrink[(num_tiles, splits)](
+    most_tiles = num_rows // block_m + num_segments
+    num_programs = PROGRAMS_EACH * num_multiprocessors
+    streaming = 2 * num_programs  # small programs that do not run ahead: others work while one waits
+    max_splits = min(MAX_SPLITS, triton.cdiv(table.in_features, block_c))
+    if block_m > LEAST_STEP.value:  # so many rows that what a split takes counts
+        max_splits = min(max_splits, max(num_programs // (num_rows // block_m + 1), 1))
+    shrunk = torch.empty((max_splits, num_rows, table.capacity), dtype=torch.float32, device=x.device)
+    where = (table.entries, segments.slots, segments.starts, segments.ends, num_segments)
+    block_g, column_tiles = room_for_ranges(num_segments), triton.cdiv(table.out_features, BLOCK_N)
+    _shrink[(min(num_programs, most_tiles * max_splits),)](
         x,
         shrunk,
         *where,
+        num_rows,
+        num_programs,
+        max_splits,
         table.in_features,
         table.capacity,
-        SPLITS=splits,
+        BLOCK_G=block_g,
         BLOCK_M=block_m,
         BLOCK_R=min(64, table.capacity),
         BLOCK_C=block_c,
         num_warps=num_warps,
     )
-    _expand[(num_tiles, triton.cdiv(table.out_features, BLOCK_N) + MAX_SLICES.value - 1)](
+    _expand[(min(streaming, most_tiles * (column_tiles + MAX_SLICES.value - 1)),)](
         y,
         shrunk,
         *where,
+        num_rows,
+        num_programs,
+        max_splits,
         table.out_features,
         table.capacity,
-        SPLITS=splits,
+        BLOCK_G=block_g,
         BLOCK_M=block_m,
         BLOCK_R=min(32, table.slice_capacity),
         BLOCK_N=BLOCK_N,
@@ -263,20 +317,12 @@ def segmented_lora(
         num_stages=1,  # a rank is a step or two: nothing to run ahead of
     )
     if table.has_scaled:
-        _scale[(num_tiles, triton.cdiv(table.out_features, BLOCK_N))](
+        _scale[(min(streaming, most_tiles * triton.cdiv(table.out_features, SCALED_BLOCK_N)),)](
             y,
-            *where[:-1],
+            *where,
             table.out_features,
+            BLOCK_G=block_g,
             BLOCK_M=block_m,
-            BLOCK_N=BLOCK_N,
+            BLOCK_N=SCALED_BLOCK_N,
             num_warps=num_warps,
         )
-
-
-def _choose_splits(num_tiles: int, num_steps: int, num_multiprocessors: int) -> int:
-    """The number of programs that share the input features of a tile: about two programs a multiprocessor.
-
-    1, 4 or 16: each value is a kernel to compile.
-    """
-    wanted = min(2 * num_multiprocessors // num_tiles, num_steps)
-    return 16 if wanted >= 16 else 4 if wanted >= 4 else 1

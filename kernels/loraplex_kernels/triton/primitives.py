@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-LEAST_STEP = 16  # what tensor cores multiply at a time
+LEAST_STEP = tl.constexpr(16)  # what tensor cores multiply at a time
 PROGRAMS_EACH = 2  # of a multiprocessor, where a constant number of programs share out what there is to do
 
 # The interpreter (TRITON_INTERPRET=1) multiplies bfloat16 tiles as if they were integers.

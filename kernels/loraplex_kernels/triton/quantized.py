@@ -181,7 +181,7 @@ class TritonQuantizedLinear:
             self.group_size, self.scales = _groups_of_float8(weight)
             self.coding, self.nibbles = coding_of(weight.codes.dtype), False
         step = math.gcd(self.group_size, WIDEST_STEP)
-        self.uniform = len(self.scales) == 1 or step >= LEAST_STEP
+        self.uniform = len(self.scales) == 1 or step >= LEAST_STEP.value
         self.step = step if self.uniform and len(self.scales) > 1 else WIDEST_STEP
         self.codes = _packed(as_codes(weight.codes), self.step, self.nibbles)
         tensors = (self.codes, self.scales, self.zeros, self.table, self.order, bias)
