@@ -14,7 +14,7 @@ from typing import Any
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-VERSION = 21  # of the C interface; kernels/loraplex_kernels/cpu/api.cpp has the same
+VERSION = 22  # of the C interface; kernels/loraplex_kernels/cpu/api.cpp has the same
 
 # Result and arguments of each function of api.cpp, which a test compares with these.
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {

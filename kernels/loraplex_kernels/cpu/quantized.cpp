@@ -15,10 +15,6 @@ constexpr int64_t MAX_ROWS = 256;             // whose sums are kept beside them
 template <class Codec>
 constexpr int64_t AHEAD = Codec::BITS == 4 ? 5 << 10 : 4 << 10;
 
-// How many rows are multiplied by codes as they are unpacked. More are multiplied by what was unpacked for all of them.
-template <class X>
-constexpr int FEW_ROWS = USES_TILES<X> ? TILE_ROWS : ROWS_AT_ONCE;
-
 template <class Codec>
 Codec make_codec(const float* table) {
     if constexpr (std::is_same_v<Codec, TableCodec>)
@@ -26,98 +22,6 @@ Codec make_codec(const float* table) {
     else
         return Codec();
 }
-
-#if defined(__AMX_BF16__)
-// Up to 16 rows times a group of codes → products[16][CODE_PANEL]. The next tiles are unpacked before these are
-// multiplied, so that the core does both at once.
-template <class Codec>
-void multiply_codes_by_tiles(const Rows<bf16>& x, const CodeColumns<Codec, bf16>& codes, float* products) {
-    constexpr int64_t STRIDE = CODE_PANEL * 2;
-    alignas(64) bf16 unpacked[2][TILE_STEPS * STRIDE];
-    const auto unpack_from = [&](int64_t step) {
-        bf16* to = unpacked[step / TILE_STEPS % 2];
-        const int64_t steps = std::min<int64_t>(TILE_STEPS, codes.steps - step);
-        unpack_codes(CodeColumns<Codec, bf16>{codes.units + step * UNIT_WORDS<Codec>, steps, codes.ahead, codes.codec},
-                     to);
-        std::fill(to + steps * STRIDE, to + TILE_STEPS * STRIDE, bf16{});
-    };
-    zero_tiles<CODE_VECTORS>();
-    unpack_from(0);
-    for (int64_t step = 0; step < codes.steps; step += TILE_STEPS) {
-        if (step + TILE_STEPS < codes.steps) unpack_from(step + TILE_STEPS);
-        const bf16* from = unpacked[step / TILE_STEPS % 2];
-        const bf16* const vectors[] = {from, from + 2 * W, from + 4 * W, from + 6 * W};
-        add_tiles<CODE_VECTORS>(x.data + 2 * step, x.stride, vectors, 0, STRIDE);
-    }
-    store_tiles<CODE_VECTORS>(products, CODE_PANEL);
-}
-#endif
-
-// Many rows times one unpacked group after the other, added to the rows' totals.
-template <class X>
-class Products {
-  public:
-    explicit Products(float* totals) : totals_(totals) {}
-
-    // x: the inputs of this group
-    void add(const Rows<X>& x, int64_t rows, const Columns<X>& w, const GroupFactors& factors) {
-        for_row_blocks(rows, [&](int64_t first, int count) {
-            multiply(count, x.data + first * x.stride, x.stride, w, CODE_VECTORS, products_, CODE_PANEL, false);
-            factors.add(products_, CODE_PANEL, 0, CODE_VECTORS, first, first + count, totals_);
-        });
-    }
-    void finish() {}
-
-  private:
-    float* totals_;
-    alignas(64) float products_[ROWS_AT_ONCE * CODE_PANEL];
-};
-
-#if defined(__AMX_BF16__)
-// By tiles, a block of rows times two vectors at a time. Products are added to their totals while the next ones are
-// computed: else the vectors would wait for the tiles, and the tiles for the vectors.
-template <>
-class Products<bf16> {
-  public:
-    explicit Products(float* totals) : totals_(totals) {}
-
-    // x: as `tile_rows` lays it out, the inputs of this group; `factors` has to last until the next call's end.
-    void add(const Rows<bf16>& x, int64_t rows, const Columns<bf16>& w, const GroupFactors& factors) {
-        constexpr int64_t INPUTS = TILED_INPUTS, ROWS = TILED_ROWS;
-        const int64_t at_once = ceil_div(ROWS, w.steps / TILE_STEPS);
-        for (int64_t r = 0; r < rows; r += ROWS)
-            for (int v = 0; v < CODE_VECTORS; v += VECTORS) {
-                const bf16* from = x.data + r * x.stride;
-                float* to = products_[turn_ ^= 1];
-                multiply_tile_pairs(from, from + TILE_ROWS * INPUTS, INPUTS, ROWS * INPUTS, w, v, false, to,
-                                    to + TILE_ROWS * WIDTH, WIDTH, [&] { add_waiting(at_once); });
-                waiting_ = {to, &factors, v, r, std::min(rows, r + ROWS)};
-            }
-    }
-    void finish() { add_waiting(TILED_ROWS); }
-
-  private:
-    static constexpr int VECTORS = 2, WIDTH = VECTORS * W;
-
-    void add_waiting(int64_t rows) {
-        const int64_t end = std::min(waiting_.end, waiting_.next + rows);
-        if (waiting_.next == end) return;
-        waiting_.factors->add(waiting_.products, WIDTH, waiting_.vector, VECTORS, waiting_.next, end, totals_);
-        waiting_.products += (end - waiting_.next) * WIDTH;
-        waiting_.next = end;
-    }
-
-    struct {
-        const float* products = nullptr;
-        const GroupFactors* factors = nullptr;
-        int vector = 0;
-        int64_t next = 0, end = 0;  // rows
-    } waiting_;
-    float* totals_;
-    int turn_ = 0;
-    alignas(64) float products_[2][TILED_ROWS * WIDTH];
-};
-#endif
 
 }  // namespace
 
@@ -177,7 +81,8 @@ QuantizedLinear<T, Codec>::QuantizedLinear(Context& context, const QuantizedMatr
         units_ += units;
         first = end;
     }
-    reordered_ = int64_t(inputs_.size()) != c_ || matrix.order;
+    ordered_ = matrix.order;
+    padded_ = int64_t(inputs_.size()) != c_;
     pack(context, matrix);
     const int64_t panels = ceil_div(n_, CODE_PANEL);
     const auto in_panels = [&](const float* values, int64_t rows, auto source) {
@@ -224,23 +129,41 @@ void QuantizedLinear<T, Codec>::pack(Context& context, const QuantizedMatrix& ma
     });
 }
 
+// One row in the order of the packed inputs.
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::order(const T* x, X* to) const {
+    for (const int32_t input : inputs_) {
+        const T value = input < 0 ? T{} : x[input];
+        if constexpr (std::is_same_v<T, X>)
+            *to++ = value;
+        else
+            *to++ = widen(value);
+    }
+}
+
+// One row with each group filled up.
+template <class T, class Codec>
+void QuantizedLinear<T, Codec>::pad(const T* x, X* to) const {
+    for (const Group& group : groups_) {
+        if constexpr (std::is_same_v<T, X>)
+            std::memcpy(to + group.input, x + group.first, group.count * sizeof(X));
+        else
+            map(x + group.first, to + group.input, group.count, [](Vec a, int64_t) { return a; });
+        std::fill(to + group.input + group.count, to + group.input + group.steps * PAIR_OF<X>, X{});
+    }
+}
+
 // x in the order and with the padding of the packed inputs, in the type of the inner loop.
 template <class T, class Codec>
 Rows<typename Operand<T>::Type> QuantizedLinear<T, Codec>::gather(Context& context, const T* x, int64_t rows) const {
     const auto width = int64_t(inputs_.size());
-    if (!reordered_) return prepare(context, x, rows, c_, width);
+    if (!ordered_ && !padded_) return prepare(context, x, rows, c_, width);
     X* copy = context.inputs.get<X>(rows * width);
     const int64_t rows_per_chunk = std::max<int64_t>(1, 16384 / width);
     context.pool.run(ceil_div(rows, rows_per_chunk), [&](int64_t chunk) {
         const int64_t end = std::min(rows, (chunk + 1) * rows_per_chunk);
         for (int64_t r = chunk * rows_per_chunk; r < end; ++r)
-            for (int64_t i = 0; i < width; ++i) {
-                const T value = inputs_[i] < 0 ? T{} : x[r * c_ + inputs_[i]];
-                if constexpr (std::is_same_v<T, X>)
-                    copy[r * width + i] = value;
-                else
-                    copy[r * width + i] = widen(value);
-            }
+            ordered_ ? order(x + r * c_, copy + r * width) : pad(x + r * c_, copy + r * width);
     });
     return {copy, width};
 }
@@ -325,10 +248,7 @@ void QuantizedLinear<T, Codec>::add_codes(const Input& x, int64_t first, int64_t
     for (int64_t g = 0; g < int64_t(groups_.size()); ++g) {
         const Rows<X> inputs = x.from(first, groups_[g].input);
         const auto from = codes(panel, groups_[g]);
-        if constexpr (USES_TILES<X>)
-            multiply_codes_by_tiles(inputs, from, products);
-        else
-            multiply(int(rows), inputs.data, inputs.stride, from, CODE_VECTORS, products, CODE_PANEL, false);
+        multiply_few_codes(int(rows), inputs, from, products);
         factors(panel, g, x, first).add(products, CODE_PANEL, 0, CODE_VECTORS, 0, rows, totals);
     }
 }
@@ -394,7 +314,7 @@ void QuantizedLinear<T, Codec>::apply_group(Context& context, const QuantizedLin
     for (int64_t e = 0; e < count; ++e) {
         const QuantizedLinear& expert = *experts[e];
         const int64_t first = starts[e], rows = starts[e + 1] - first;
-        if (rows > FEW_ROWS<X> || (rows && expert.reordered_)) {
+        if (rows > FEW_ROWS<X> || (rows && expert.ordered_)) {
             expert.apply(context, x + first * expert.c_, y + first * expert.n_, rows);
         } else if (rows) {
             has_offsets |= !expert.offsets_.empty();

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "bytes.h"
-#include "codes.h"
+#include "code_products.h"
 #include "linear.h"
 
 namespace loraplex {
@@ -58,53 +58,6 @@ class GroupValues {
     int64_t size_ = 0, groups_ = 0, groups_in_unit_ = 0, units_in_panel_ = 0;
     Array<char> data_;
     Array<f16> units_;
-};
-
-// Takes the products of rows with one group to the rows' totals.
-struct GroupFactors {
-    alignas(64) float scale[CODE_PANEL];
-    alignas(64) float offset[CODE_PANEL];
-    const float* sums;  // of the group's inputs, by row; null: there are no offsets
-    bool minima;
-
-    // totals[r] += scale · (products + offset · sum), or scale · products + offset · sum with minima, for rows first …
-    // end - 1 and some vectors of the panel. products: [end - first, stride], totals: [rows, CODE_PANEL]
-    void add(const float* products, int64_t stride, int vector, int vectors, int64_t first, int64_t end,
-             float* totals) const {
-        for (int v = 0; v < vectors; v += 2) {
-            const int64_t column = (vector + v) * W;
-            if (!sums)
-                add_pairs<false, false>(products + v * W, stride, column, first, end, totals + column);
-            else if (minima)
-                add_pairs<true, true>(products + v * W, stride, column, first, end, totals + column);
-            else
-                add_pairs<true, false>(products + v * W, stride, column, first, end, totals + column);
-        }
-    }
-
-  private:
-    // Of two neighbouring vectors: a row's sum is read once for both.
-    template <bool OFFSETS, bool MINIMA>
-    void add_pairs(const float* products, int64_t stride, int64_t column, int64_t first, int64_t end,
-                   float* totals) const {
-        const Vec scales[2] = {load(scale + column), load(scale + column + W)};
-        Vec offsets[2];
-        if (OFFSETS)
-            for (int v = 0; v < 2; ++v) offsets[v] = load(offset + column + v * W);
-        for (int64_t r = first; r < end; ++r, products += stride) {
-            float* to = totals + r * CODE_PANEL;
-            const Vec sum_of_inputs = OFFSETS ? fill(sums[r]) : zero();
-#pragma GCC unroll 2
-            for (int v = 0; v < 2; ++v) {
-                Vec product = load(products + v * W), total = load(to + v * W);
-                if (MINIMA)
-                    total = fma(offsets[v], sum_of_inputs, total);
-                else if (OFFSETS)
-                    product = fma(offsets[v], sum_of_inputs, product);
-                store(to + v * W, fma(scales[v], product, total));
-            }
-        }
-    }
 };
 
 template <class T, class Codec>
@@ -154,6 +107,8 @@ class QuantizedLinear {
     }
     CodeColumns<Codec, X> codes(int64_t panel, const Group& group) const;
     void pack(Context& context, const QuantizedMatrix& matrix);
+    void order(const T* x, X* to) const;
+    void pad(const T* x, X* to) const;
     Rows<X> gather(Context& context, const T* x, int64_t rows) const;
     const float* sum_groups(Context& context, const Rows<X>& x, int64_t rows) const;
     // The scale of what the codec makes of codes, and the offset beside it, of some outputs of a group.
@@ -166,7 +121,8 @@ class QuantizedLinear {
     void panel(const Input& x, T* y, int64_t first, int64_t rows, int64_t panel) const;
 
     int64_t n_, c_, units_;
-    bool reordered_;  // x is not multiplied as it comes
+    bool ordered_;  // a column of codes multiplies another input than its own
+    bool padded_;  // groups of x are filled up
     bool minima_;
     Codec codec_;
     std::vector<Group> groups_;

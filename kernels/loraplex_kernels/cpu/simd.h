@@ -386,6 +386,13 @@ inline __m512bh pair_up(Vec first, Vec second) {
     return reinterpret_cast<__m512bh>(_mm512_or_si512(low, _mm512_castps_si512(second)));
 }
 
+// The first (0) or the second (1) of each pair.
+inline Vec half_of(__m512bh pairs, int which) {
+    const __m512i bits = reinterpret_cast<__m512i>(pairs);
+    return _mm512_castsi512_ps(which ? _mm512_and_si512(bits, _mm512_set1_epi32(int(0xffff0000)))
+                                     : _mm512_slli_epi32(bits, 16));
+}
+
 constexpr bool HAS_BF16_DOT = true;
 #else
 constexpr bool HAS_BF16_DOT = false;

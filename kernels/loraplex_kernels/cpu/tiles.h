@@ -71,9 +71,18 @@ class TileScope {
             config.rows[tile] = tile < 5 ? x_rows : TILE_ROWS;
         }
         _tile_loadconfig(&config);
+        _mm_setcsr(before_ | DENORMALS_ARE_ZERO);
     }
-    ~TileScope() { _tile_release(); }
+    ~TileScope() {
+        _mm_setcsr(before_);
+        _tile_release();
+    }
     TileScope(const TileScope&) = delete;
+
+  private:
+    // In what is read and in results. Tiles have it so whatever is set: vectors that do a tile's work follow.
+    static constexpr unsigned DENORMALS_ARE_ZERO = 0x8040;
+    const unsigned before_ = _mm_getcsr();
 };
 
 // One block of rows times VECTORS neighbouring vectors: `zero_tiles`, `add_tiles` for every TILE_STEPS steps,
