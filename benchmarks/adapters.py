@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -123,10 +123,10 @@ def mixed(model: Path, threads: int, root: Path, before: object) -> dict[str, An
                 runs[scenario.name].append(summarise(bench.run(work, MIXED_STREAMS)))
         num_bytes = bench.core.store.used_bytes
         bench.close()
-        own = replace(cost, adapter_parameters=num_bytes // BF16_BYTES // MIXED_STREAMS)
+        own = cost.with_adapters(num_bytes // BF16_BYTES // MIXED_STREAMS)
         limits = {scenario.name: output_limit(own, roofline, scenario, MIXED_STREAMS) for scenario in scenarios}
         cells[name] = {"adapter_bytes": num_bytes, "limits": limits, "runs": runs}
-    base_bytes = BF16_BYTES * (cost.layer_parameters + cost.head_parameters)
+    base_bytes = int(BF16_BYTES * cost.of_step(MIXED_STREAMS, 0))
     return {"roofline": asdict(roofline), "base_bytes": base_bytes, "cells": cells}
 
 

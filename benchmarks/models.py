@@ -18,18 +18,26 @@ from tokenizers.models import BPE
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from benchmarks.workload import VOCAB
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGETS: dict[str, Any] = {"target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]}
+EXPERT_TARGETS: dict[str, Any] = {
+    "target_modules": ATTENTION,
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
 
 # qwen-0.5b has the body of Qwen2.5-0.5B and a smaller vocabulary, so that one workload suits all; qwen-0.5b-152k has
-# the real one.
+# the real one. qwen-moe has what Qwen3-30B-A3B is made of, a fraction of its size, with half as many experts.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {  # whose steps take no longer than what is around them
         "hidden_size": 128,
@@ -64,6 +72,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "vocab_size": 151_936,
     },
+    "qwen-moe": {
+        "hidden_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "moe_intermediate_size": 256,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
     "llama-1b": {
         "hidden_size": 2048,
         "num_hidden_layers": 16,
@@ -89,18 +109,24 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
+def family_of(name: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    if "num_experts" in SHAPES[name]:
+        return Qwen3MoeConfig, Qwen3MoeForCausalLM
+    return (Qwen2Config, Qwen2ForCausalLM) if name.startswith("qwen") else (LlamaConfig, LlamaForCausalLM)
+
+
 def make_model(name: str, folder: Path, num_adapters: int, rank: int) -> None:
     common = {"vocab_size": VOCAB, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2}
     shape = common | SHAPES[name]
     torch.manual_seed(7)
-    model: PreTrainedModel = (
-        Qwen2ForCausalLM(Qwen2Config(**shape)) if name.startswith("qwen") else LlamaForCausalLM(LlamaConfig(**shape))
-    )
+    config, causal_lm = family_of(name)
+    model = causal_lm(config(**shape))
     model.bfloat16()
     model.save_pretrained(folder / "base")
     make_tokenizer(shape["vocab_size"]).save_pretrained(folder / "base")
 
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, task_type="CAUSAL_LM")
+    targets = EXPERT_TARGETS if "num_experts" in shape else TARGETS
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **targets)
     adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
     for index in range(num_adapters):
         generator = torch.Generator().manual_seed(7000 + index)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,35 +37,64 @@ class Roofline:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What a row goes through in all layers together: the same linears for all rows, or those of a few experts."""
+
+    parameters: int  # of one expert
+    adapter_parameters: int  # of one adapter beside it
+    experts: int = 1
+    per_row: int = 1  # of these experts
+
+    @classmethod
+    def of(cls, shapes: Sequence[tuple[int, int]], layers: int, rank: int, experts: int = 1, per_row: int = 1) -> Part:
+        """shapes: of the linears in a layer, of one expert."""
+        parameters, beside = (sum(map(each, shapes)) for each in (math.prod, sum))
+        return cls(layers * parameters, layers * rank * beside, experts, per_row)
+
+    def touched(self, rows: float) -> float:
+        """How many experts so many rows need, if each goes to any of them alike."""
+        return self.experts * (1 - (1 - self.per_row / self.experts) ** rows)
+
+
+@dataclass(frozen=True)
 class ModelCost:
     """What a model costs per row and per step."""
 
-    layer_parameters: int  # of all linears in the layers
+    parts: tuple[Part, ...]
     head_parameters: int  # of the output layer, which only the last row of a prompt needs
-    adapter_parameters: int  # of one adapter
 
     @classmethod
     def read(cls, model: Path) -> ModelCost:
         """Of a directory made by benchmarks.models: base/ and adapters/a00."""
         config = json.loads((model / "base" / "config.json").read_text())
-        hidden, inner, layers = (config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+        hidden, layers = config["hidden_size"], config["num_hidden_layers"]
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         width = config.get("head_dim") or hidden // heads
-        shapes = [
-            (hidden, heads * width),
-            (hidden, kv_heads * width),
-            (hidden, kv_heads * width),
-            (heads * width, hidden),
-            (hidden, inner),
-            (hidden, inner),
-            (inner, hidden),
-        ]
         rank = json.loads((model / "adapters" / "a00" / "adapter_config.json").read_text())["r"]
-        return cls(
-            layers * sum(n * c for n, c in shapes),
-            hidden * config["vocab_size"],
-            layers * rank * sum(n + c for n, c in shapes),
-        )
+        queries, keys = (hidden, heads * width), (hidden, kv_heads * width)
+        attention = Part.of([queries, keys, keys, queries], layers, rank)
+        if experts := config.get("num_local_experts"):
+            inner, per_row = config["moe_intermediate_size"], config["num_experts_per_tok"]
+            forward = Part.of([(hidden, 2 * inner), (inner, hidden)], layers, rank, experts, per_row)
+        else:
+            forward = Part.of([(hidden, config["intermediate_size"])] * 3, layers, rank)
+        return cls((attention, forward), hidden * config["vocab_size"])
+
+    def with_adapters(self, parameters: int) -> ModelCost:
+        """The same beside other adapters, of so many parameters and none on experts."""
+        first, *others = self.parts
+        parts = replace(first, adapter_parameters=parameters), *(replace(part, adapter_parameters=0) for part in others)
+        return replace(self, parts=parts)
+
+    def of_row(self, adapted: bool) -> int:
+        """Parameters that a row is multiplied by, without the head."""
+        return sum(part.per_row * (part.parameters + adapted * part.adapter_parameters) for part in self.parts)
+
+    def of_step(self, rows: int, adapters: int) -> float:
+        """Parameters that are read for so many rows, each with its last token, of so many adapters."""
+        base = sum(part.touched(rows) * part.parameters for part in self.parts)
+        beside = sum(part.touched(rows / max(1, adapters)) * part.adapter_parameters for part in self.parts)
+        return self.head_parameters + base + adapters * beside
 
 
 def output_limit(cost: ModelCost, roofline: Roofline, scenario: Scenario, concurrency: int) -> float:
@@ -73,9 +103,8 @@ def output_limit(cost: ModelCost, roofline: Roofline, scenario: Scenario, concur
     A request computes its prompt (a shared prefix is computed by one of them), then one token a step together with the
     others. Weights are bfloat16.
     """
-    distinct = min(scenario.num_adapters, concurrency)
-    step_bytes = BF16_BYTES * (cost.layer_parameters + cost.head_parameters + distinct * cost.adapter_parameters)
-    row_parameters = cost.layer_parameters + (cost.adapter_parameters if scenario.num_adapters else 0)
+    row_parameters = cost.of_row(scenario.num_adapters > 0)
+    step_bytes = BF16_BYTES * cost.of_step(concurrency, min(scenario.num_adapters, concurrency))
     step_flops = 2 * concurrency * (row_parameters + cost.head_parameters)
     step_seconds = max(step_bytes / roofline.bytes_per_second, step_flops / roofline.flops_per_second)
     prompt_seconds = 2 * row_parameters * scenario.prompt / roofline.flops_per_second

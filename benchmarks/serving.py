@@ -8,7 +8,8 @@ with rates, of requests a second that come whatever became of others.
 Systems: `grpc` (loraplex serve), `inprocess` (EngineCore), `reference` (EngineCore on the torch kernels), and the
 others, each with the Python of its own environment: `hf=PYTHON`, `vllm=PYTHON`, `vllm-nolora=PYTHON`,
 `llamacpp=SERVER_BINARY`. `hf` alone means this environment. With a format behind it, a system serves the same model
-quantised: `grpc-int4`, `inprocess-nf4`, `llamacpp-Q4_K_M=SERVER_BINARY`.
+rounded while it is loaded, `grpc-int4`, `inprocess-nf4`, or as a file of `benchmarks.gguf`: `inprocess-Q4_K_M` and
+`llamacpp-Q4_K_M=SERVER_BINARY` have the same one.
 
 All systems are up during the whole run and take turns, repeat by repeat; a figure is the median of its repeats. A
 repeat in which other processes used more than a tenth of the machine is marked contended. Writes OUT.json, and OUT.md
@@ -29,6 +30,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gguf import KINDS as GGUF_KINDS
 from benchmarks.measure import ContentionMeter, machine, median_of, resident_bytes
 from benchmarks.report import write_report
 from benchmarks.roofline import ModelCost, Roofline, output_limit
@@ -37,6 +39,7 @@ from loraplex_engine.link.config import QUANTIZATIONS
 from loraplex_service.bench.records import Record, summarise, summarise_traffic
 
 CONTENDED_SHARE = 0.10
+FIRST_PORT = 18180  # of llama.cpp's servers: several may be up in one run
 SHARED = Path(__file__).resolve().parents[1] / "service"  # loraplex_service.bench, for environments without Loraplex
 
 Cells = tuple[Scenario, list[int]] | tuple[Traffic, list[float]]  # numbers of streams, or requests a second
@@ -120,12 +123,15 @@ def system_command(name: str, where: str | None, args: argparse.Namespace) -> li
         "vllm-nolora": (python, "vllm_python", ["--adapters", "0", *serving]),
         "llamacpp": (sys.executable, "llama_cpp", [*adapters, *serving, "--server", where or "llama-server"]),
     }
-    for method in QUANTIZATIONS:
-        for own in ("grpc", "inprocess"):
-            modules[f"{own}-{method}"] = (sys.executable, modules[own][1], [*modules[own][2], "--quantization", method])
+    forms = {method: ["--quantization", method] for method in QUANTIZATIONS}
+    forms |= {kind: ["--base", f"gguf/{kind}.gguf"] for kind in GGUF_KINDS}
+    for own in ("grpc", "inprocess"):
+        interpreter, module, options = modules[own]
+        modules |= {f"{own}-{form}": (interpreter, module, [*options, *option]) for form, option in forms.items()}
     interpreter, module, options = modules["llamacpp"]
-    q4 = ["--gguf", "Q4_K_M.gguf", "--port", "18181"]  # another port: both may be up in one run
-    modules["llamacpp-Q4_K_M"] = (interpreter, module, [*options, *q4])
+    for port, kind in enumerate(GGUF_KINDS, FIRST_PORT):
+        modules[f"llamacpp-{kind}"] = (interpreter, module, [*options, "--gguf", f"{kind}.gguf", "--port", str(port)])
+    modules["llamacpp"] = modules["llamacpp-BF16"]
     if name not in modules:
         raise ValueError(f"unknown system {name!r}: choose from {', '.join(modules)}")
     interpreter, module, options = modules[name]

@@ -7,11 +7,13 @@ print goes to standard error.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.workload import Work
@@ -46,6 +48,11 @@ def take_stdout() -> Any:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers
+
+
+def form_of(args: argparse.Namespace) -> str | None:
+    """What the base's weights are served as; None: as the checkpoint has them."""
+    return args.quantization or (Path(args.base).stem if args.base.endswith(".gguf") else None)
 
 
 def _say(answers: Any, message: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """llama.cpp's llama-server over HTTP, the adapter chosen per request by its `lora` field.
 
-The GGUF files are made from the same checkpoints by llama.cpp's own convert_hf_to_gguf.py and convert_lora_to_gguf.py.
+The GGUF files are made from the same checkpoints by `benchmarks.gguf`.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="directory with gguf/MODEL.gguf and gguf/aNN.gguf")
     parser.add_argument("--server", required=True, help="the llama-server binary")
-    parser.add_argument("--gguf", default="BF16.gguf")
+    parser.add_argument("--gguf", required=True, help="the file's name")
     parser.add_argument("--adapters", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--slots", type=int, default=32)
-    parser.add_argument("--port", type=int, default=18180)
+    parser.add_argument("--port", type=int, required=True)
     args = parser.parse_args()
     answers = take_stdout()
     gguf = args.model / "gguf"

@@ -21,7 +21,7 @@ import grpc
 
 from benchmarks.measure import cpu_seconds_of, process_tree
 from benchmarks.systems.http_client import HttpClient
-from benchmarks.worker import serve, take_stdout
+from benchmarks.worker import form_of, serve, take_stdout
 from benchmarks.workload import Work
 from loraplex.v1 import generation_pb2, inference_pb2, inference_pb2_grpc, prompt_pb2
 from loraplex_engine.link.config import QUANTIZATIONS
@@ -33,7 +33,7 @@ def write_config(folder: Path, args: argparse.Namespace, ports: Sequence[int]) -
     """A service configuration with one model and its adapters. JSON is YAML."""
     model = {
         "name": "bench",
-        "model": str((args.model / "base").resolve()),
+        "model": str((args.model / args.base).resolve()),
         "kernels": args.kernels,
         "threads": args.threads,
         "max_model_len": args.max_model_len,
@@ -150,6 +150,7 @@ def command_of(pid: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="directory made by benchmarks.models")
+    parser.add_argument("--base", default="base", help="in it: a directory, or a file of benchmarks.gguf")
     parser.add_argument("--adapters", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-model-len", type=int, default=1024)
@@ -175,7 +176,7 @@ def main() -> None:
             loop.run_until_complete(client.run(warm_up, 8))
             kind = f"Loraplex over {'HTTP' if args.http else 'gRPC'}"
             about = {
-                "system": " ".join(filter(None, [kind, args.quantization])),
+                "system": " ".join(filter(None, [kind, form_of(args)])),
                 "load_seconds": time.perf_counter() - started,
             }
             serve(client.run, about, loop, answers, lambda: cpu_by_part(process.pid))

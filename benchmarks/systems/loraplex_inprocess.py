@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.worker import serve, take_stdout
+from benchmarks.worker import form_of, serve, take_stdout
 from benchmarks.workload import Work
 from loraplex_adapters.files.source import digest
 from loraplex_adapters.key import AdapterKey
@@ -89,6 +89,7 @@ def load_adapters(core: EngineCore, model: Path, count: int) -> list[AdapterKey]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="directory made by benchmarks.models")
+    parser.add_argument("--base", default="base", help="in it: a directory, or a file of benchmarks.gguf")
     parser.add_argument("--adapters", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-model-len", type=int, default=1024)
@@ -101,7 +102,7 @@ def main() -> None:
     answers = take_stdout()
 
     config = EngineConfig(
-        model=str(args.model / "base"),
+        model=str(args.model / args.base),
         device=args.device,
         kernels=args.kernels,
         quantization=args.quantization,
@@ -115,7 +116,7 @@ def main() -> None:
     driver = Driver(core, load_adapters(core, args.model, args.adapters))
     loop = asyncio.new_event_loop()
     loop.run_until_complete(driver.run(driver.warm_up(), 8))
-    kind = " ".join(filter(None, [core.limits.kernel_backend, args.quantization]))
+    kind = " ".join(filter(None, [core.limits.kernel_backend, form_of(args)]))
     about = {
         "system": f"Loraplex in-process ({kind})",
         "load_seconds": time.perf_counter() - started,
