@@ -29,6 +29,7 @@ from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.grammar import schema_grammar
 from loraplex_engine.link.messages import AddRequest, SetVocabulary, StepOutput
 from loraplex_engine.link.sampling_params import SamplingParams
+from loraplex_engine.scheduling.form import FormKey
 from loraplex_engine.scheduling.forms import Vocabulary
 from loraplex_service.requests.forms import compilable
 from loraplex_service.text import Tokenizer
@@ -151,9 +152,9 @@ def first_schema(bench: Bench) -> dict[str, Any]:
     return {
         "vocabulary_ms": 1e3 * bench.warm_seconds,
         "check_ms": median_ms(lambda: compilable(grammar)),
-        "compile_ms": median_ms(lambda: vocabulary.form(grammar, (), ())),
+        "compile_ms": median_ms(lambda: vocabulary.form(FormKey(grammar, (), (), ()))),
         "check_400_tools_ms": median_ms(lambda: compilable(many), 5),
-        "compile_400_tools_ms": median_ms(lambda: vocabulary.form(many, (), ()), 5),
+        "compile_400_tools_ms": median_ms(lambda: vocabulary.form(FormKey(many, (), (), ())), 5),
     }
 
 

@@ -43,6 +43,8 @@ def problem_with(message: AddRequest, limits: EngineLimits) -> str:
         return f"{message.beams.width} beams: {limits.max_num_seqs} sequences run at the same time"
     if message.beams is not None and (problem := _unsearchable(message)):
         return f"a beam search has no {problem}"
+    if message.beams is None and sampling.stop:
+        return "stop strings: the engine looks for them in beam searches alone"
     if not 0 < message.weight < math.inf:
         return f"weight is {message.weight}: it must be above 0"
     return ""
@@ -53,4 +55,4 @@ def _unsearchable(message: AddRequest) -> str:
     sampling = message.sampling
     if not sampling.max_tokens or not sampling.num_candidates:
         return "tokens to look for: max_tokens and num_candidates must be above 0"
-    return "constraint, bad words or drafts" if message.grammar or sampling.bad_words or message.drafts.most else ""
+    return "drafts" if message.drafts.most else ""

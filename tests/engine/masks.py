@@ -11,7 +11,7 @@ from loraplex_engine.execution.arrays import NO_COUNTS, History
 from loraplex_engine.execution.bad_words import TokenTexts
 from loraplex_engine.execution.form_masks import FormMasks
 from loraplex_engine.link.sampling_params import SamplingParams
-from loraplex_engine.scheduling.form import Form
+from loraplex_engine.scheduling.form import Form, FormKey
 from loraplex_engine.scheduling.forms import Vocabulary
 
 
@@ -27,7 +27,7 @@ class Masks:
         self._history = History(1, sampling, 1, 1, NO_COUNTS)
 
     def form(self, grammar: str, words: Sequence[str] = ()) -> Form:
-        return self._vocabulary.form(grammar, words, ())
+        return self._vocabulary.form(FormKey(grammar, tuple(words), (), ()))
 
     def octets(self, form: Form) -> np.ndarray:
         """The mask of what may follow, as in `token_bits`."""

@@ -203,7 +203,7 @@ def _run_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         ({"adapter": KEY}, "not registered"),
         ({"beams": Beams(2, [1])}, "a beam search has no tokens to look for"),
         ({"beams": Beams(2, [1]), "num_candidates": 4, "max_tokens": 0}, "a beam search has no tokens to look for"),
-        ({"beams": Beams(2, [1]), "num_candidates": 4, "bad_words": ("x",)}, "a beam search has no constraint"),
+        ({"stop": ("x",)}, "stop strings"),
         ({"beams": Beams(99, [1]), "num_candidates": 198}, "99 beams"),
         ({"output": [1, VOCAB]}, "token ids must lie in"),
         ({"output": [1, 2, 3]}, "3 output tokens to go on from"),

@@ -80,6 +80,7 @@ class FakeEngine:
         self.errors: list[str] = []  # with what the next requests fail in their first step
         self.error_reason = ""  # of those errors
         self.tokens_per_step = 1
+        self.most_found = 16  # outputs of a search
         self.drafts_per_step = (0, 0)  # of each sequence: how many are checked, and how many are right
         self.steps_allowed: float = math.inf
         self.cached_tokens = 0
@@ -180,11 +181,18 @@ class FakeEngine:
         taken = msgspec.structs.replace(output, token_ids=[], finish_reason=None, num_searched=beams.width)
         if output.finish_reason is None:
             return [taken]
-        found = [
-            msgspec.structs.replace(output, request_id=one, token_ids=sequence.output[place:], score=-float(place))
-            for place, one in enumerate(beams.output_ids)
+        sampling, found = sequence.request.sampling, list[RequestOutput]()
+        for place, one in enumerate(beams.output_ids[: self.most_found]):
+            tokens = sequence.output[place:]
+            told = [_logprobs(token, sampling.num_logprobs or 0, sampling) for token in tokens]
+            logprobs = None if sampling.num_logprobs is None else told
+            each = msgspec.structs.replace(output, request_id=one, token_ids=tokens, logprobs=logprobs)
+            found.append(msgspec.structs.replace(each, score=-float(place)))
+        nothing = [
+            RequestOutput(one, [], FinishReason.MAX_TOKENS, score=-math.inf)
+            for one in beams.output_ids[self.most_found :]
         ]
-        return [taken, *found]
+        return [taken, *found, *nothing]
 
     def _advance(self, sequence: Accepted) -> RequestOutput:
         request, sampling = sequence.request, sequence.request.sampling

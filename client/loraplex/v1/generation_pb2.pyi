@@ -423,12 +423,13 @@ Global___Sampling: typing_extensions.TypeAlias = Sampling
 @typing.final
 class BeamSearch(google.protobuf.message.Message):
     """A search for the outputs that are likeliest as a whole: at each place the best num_beams beginnings go on. It finds what
-    transformers' generate(num_beams=...) finds; an output ends with the model's end of sequence, a stop token or
-    max_tokens. Sampling.n of the outputs that have ended come back, at most num_beams, the best first, each with
-    Finished.score. Penalties and bias change log-probabilities instead of logits, as they do there. A default temperature
-    and other defaults of draws are passed over. Refused beside it: what says how to draw (temperature but 0, top_p, top_k,
-    min_p, typical_p, seed, best_of), bad_words, stop, drafts, all log-probabilities, and forms of
-    outputs: a constraint but any_text, one that a route or adapter has by default, and calls that tool_choice requires.
+    transformers' generate(num_beams=...) finds; an output ends with the model's end of sequence, a stop token, a stop
+    string (in text without special tokens), the end of its form, or max_tokens. Sampling.n of the outputs that have ended
+    come back, at most num_beams, the best first, each with Finished.score; fewer where a form has fewer, but one at least.
+    Penalties, bias and forms change log-probabilities instead of logits, as they do there, and so LOGPROBS_MODE_PROCESSED
+    are those that the search adds up. A default temperature and other defaults of draws are passed over. Refused beside
+    it: what says how to draw (temperature but 0, top_p, top_k, min_p, typical_p, seed, best_of), a watermark, drafts and
+    prompt_logprobs.
 
     It is one request, and takes num_beams of the places in which sequences run. Each token of each beam counts in
     Usage.completion_tokens.

@@ -82,6 +82,13 @@ class Wanted(NamedTuple):
     named: tuple[int, ...]
 
 
+def named_ids(wanted: Sequence[Wanted]) -> np.ndarray:
+    """The tokens that rows name, filled up to the same number: int64 [S, N]"""
+    width = max((len(each.named) for each in wanted), default=0)
+    rows = [[*each.named, *[0] * (width - len(each.named))] for each in wanted]
+    return np.array(rows, dtype=np.int64).reshape(len(wanted), width)
+
+
 class PromptTargets(NamedTuple):
     """Tokens of one request's prompt, predicted by adjacent rows, whose log-probabilities are asked for."""
 

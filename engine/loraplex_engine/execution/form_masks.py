@@ -12,9 +12,7 @@ from llguidance import LLExecutor, LLMatcher
 
 from loraplex_engine.execution import token_bits
 from loraplex_engine.execution.arrays import History
-from loraplex_engine.scheduling.form import Form
-
-NOTHING_FITS = "no token is left to draw: loosen allowed_token_ids, bad_words or min_tokens, or the form"
+from loraplex_engine.scheduling.form import NOTHING_FITS, Form
 
 MAX_THREADS = 32
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_engine.execution.arrays import History, Wanted
+from loraplex_engine.execution.arrays import History, Wanted, named_ids
+from loraplex_engine.execution.candidates import Candidates, candidates
 from loraplex_engine.execution.form_masks import TokenMask
 from loraplex_engine.link.messages import TokenLogprobs
 from loraplex_engine.link.sampling_params import SamplingParams
@@ -45,30 +46,34 @@ class Sampler:
 
         logits: float32 [S, V], row s belongs to histories[s]; may be overwritten.
         """
-        asked = [row for row, history in enumerate(histories) if history.sampling.num_logprobs is not None]
+        searched = [row for row, history in enumerate(histories) if history.sampling.num_candidates]
+        drawn = [row for row, history in enumerate(histories) if not history.sampling.num_candidates]
+        asked = [row for row in drawn if histories[row].sampling.num_logprobs is not None]
         as_drawn = [row for row in asked if histories[row].sampling.processed_logprobs]
         as_given = [row for row in asked if not histories[row].sampling.processed_logprobs]
-        searched = [row for row, history in enumerate(histories) if history.sampling.num_candidates]
         on_device = self._on_device(as_given, as_drawn, searched)
         # Before anything is changed. On the CPU an index in brackets takes five times as long.
         given = logits.index_select(0, on_device[0]) if as_given else None
-        if searched:  # what is changed, as transformers has it, is the log-probabilities
-            logits[on_device[2]] = torch.log_softmax(logits[on_device[2]], dim=-1)
+        own = logits.index_select(0, on_device[2]) if searched else None
+        if own is not None:  # what is changed, as transformers has it, is the log-probabilities
+            logits[on_device[2]] = torch.log_softmax(own, dim=-1)
         self.ops.adjust_logits(logits, logit_changes(histories, logits.shape[-1]))
         if mask is not None:
             self.ops.mask_logits(logits, mask.rows, torch.from_numpy(mask.bits))
         drawn_by = draws(histories)
         changed = logits.index_select(0, on_device[1]) if as_drawn else None
-        details: list[tuple[Sequence[int], Reading[list[TokenLogprobs]]]] = []
-        if searched:
-            details.append((searched, _best(logits[on_device[2]], [histories[row] for row in searched])))
+        found: list[tuple[Sequence[int], Reading[list[Candidates | None]]]] = []
+        if own is not None:
+            params = [histories[row].sampling for row in searched]
+            found.append((searched, candidates(self.ops, logits.index_select(0, on_device[2]), own, params)))
         token_ids = self.ops.draw_tokens(logits, drawn_by)
+        details: list[tuple[Sequence[int], Reading[list[TokenLogprobs]]]] = []
         if given is not None:
             details.append((as_given, self._details(given, token_ids[on_device[0]], as_given, histories)))
         if changed is not None:
             self.ops.cut_logits(changed, drawn_by.of(np.array(as_drawn, dtype=np.int64)))
             details.append((as_drawn, self._details(changed, token_ids[on_device[1]], as_drawn, histories)))
-        return Drawn(token_ids, _sampled(token_ids, details))
+        return Drawn(token_ids, _sampled(token_ids, details, found))
 
     def _on_device(self, *rows: Sequence[int]) -> list[Tensor]:
         """The numbers of some rows, for each of their uses; nothing where there are none."""
@@ -85,34 +90,26 @@ class Sampler:
         return describe(self.ops, logits, token_ids.clamp(min=0), asked)
 
 
-def _best(logits: Tensor, histories: Sequence[History]) -> Reading[list[TokenLogprobs]]:
-    """The best tokens of some rows, which are logarithms already."""
-    counts = [history.sampling.num_candidates for history in histories]
-    best = torch.topk(logits, min(max(counts), logits.shape[-1]), dim=-1)
-
-    def finish(here: Iterator[Tensor]) -> list[TokenLogprobs]:
-        found: list[TokenLogprobs] = []
-        for count, ids, values in zip(counts, next(here).tolist(), next(here).tolist(), strict=True):
-            count = min(count, len(values) - values.count(-math.inf))
-            found.append(TokenLogprobs(ids[0], values[0], 1, ids[:count], values[:count]))
-        return found
-
-    return Reading([best.indices, best.values], finish)
-
-
 def _sampled(
-    token_ids: Tensor, details: Sequence[tuple[Sequence[int], Reading[list[TokenLogprobs]]]]
+    token_ids: Tensor,
+    details: Sequence[tuple[Sequence[int], Reading[list[TokenLogprobs]]]],
+    found: Sequence[tuple[Sequence[int], Reading[list[Candidates | None]]]],
 ) -> Reading[list[SampledToken | None]]:
-    """The tokens with what is told beside them, of which there may be more for one row: the last counts."""
+    """The tokens with what is told beside them; of rows that are searched, what may follow."""
 
     def finish(here: Iterator[Tensor]) -> list[SampledToken | None]:
         tokens: list[int] = next(here).tolist()
         beside: dict[int, TokenLogprobs] = {}
         for rows, reading in details:
             beside |= zip(rows, reading.finish(here), strict=True)
-        return [_token(token, beside.get(row)) for row, token in enumerate(tokens)]
+        sampled = [_token(token, beside.get(row)) for row, token in enumerate(tokens)]
+        for rows, searched in found:
+            for row, some in zip(rows, searched.finish(here), strict=True):
+                sampled[row] = None if some is None else SampledToken(tokens[row], None, some)
+        return sampled
 
-    return Reading([token_ids, *(tensor for _, reading in details for tensor in reading.tensors)], finish)
+    tensors = [token_ids, *(tensor for _, reading in details for tensor in reading.tensors)]
+    return Reading([*tensors, *(tensor for _, searched in found for tensor in searched.tensors)], finish)
 
 
 def _token(token_id: int, logprobs: TokenLogprobs | None) -> SampledToken | None:
@@ -126,10 +123,8 @@ def describe(ops: Ops, logits: Tensor, token_ids: Tensor, wanted: Sequence[Wante
 
     logits: float32 [S, V], token_ids: int64 [S]
     """
-    width = max((len(each.named) for each in wanted), default=0)
-    tokens = token_ids[:, None]
-    if width:
-        named = np.array([[*each.named, *[0] * (width - len(each.named))] for each in wanted], dtype=np.int64)
+    tokens, named = token_ids[:, None], named_ids(wanted)
+    if named.size:
         tokens = torch.cat((tokens, *to_device([named], ops.device)), dim=1)
     found = ops.likelihoods(logits, tokens, max((each.num_top for each in wanted), default=0))
 

@@ -47,6 +47,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int  # 0: none is drawn, and the output ends once the prompt is computed
     min_tokens: int = 0  # until then neither EOS nor stop ids can be sampled
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()  # texts that end outputs of a search; in those of others the service finds them
     eos_token_ids: tuple[int, ...] = ()  # the model's; empty when the request ignores EOS
     num_logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely
     num_prompt_logprobs: int | None = None

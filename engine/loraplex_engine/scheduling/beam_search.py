@@ -10,11 +10,28 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 from loraplex_engine.link.beams import Beams, EarlyStopping
 from loraplex_engine.link.messages import RequestOutput, TokenLogprobs
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
+from loraplex_engine.scheduling.form import Form
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token that may follow a sequence."""
+
+    token_id: int
+    logprob: float  # that the search adds up
+    told: TokenLogprobs | None = None  # what its output says of it; None: nothing was asked
+
+
+class Ending(NamedTuple):
+    """Why an output has ended."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None  # the token that ended it, for EOS and STOP
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +40,8 @@ class Hypothesis:
 
     score: float  # the sum of its tokens' log-probabilities, divided by its length to the power of the penalty
     token_ids: list[int]
-    reason: FinishReason
-    stop_token_id: int | None = None
+    told: list[TokenLogprobs]  # of its tokens; empty: nothing was asked
+    ending: Ending
 
 
 class Beam(Protocol):
@@ -33,6 +50,7 @@ class Beam(Protocol):
     token_ids: list[int]  # prompt, then output
     num_prompt_tokens: int
     sampling: SamplingParams
+    form: Form | None
 
     @property
     def num_output_tokens(self) -> int: ...
@@ -53,12 +71,25 @@ class Blocks(Protocol[B_contra]):
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """How a sequence stands."""
+
+    total: float  # of the log-probabilities of all of its tokens
+    told: list[TokenLogprobs]  # of its tokens; empty: nothing was asked
+
+    def behind(self, token: Candidate) -> Standing:
+        """How it stands with one token more."""
+        return Standing(self.total + token.logprob, self.told if token.told is None else [*self.told, token.told])
+
+
+@dataclass(frozen=True, slots=True)
 class Continuation(Generic[B]):
     """A sequence, and a token that may follow it."""
 
-    total: float  # of the log-probabilities of all of its tokens
     sequence: B
     token_id: int
+    standing: Standing  # with the token, as is the form
+    form: Form | None
 
 
 class BeamSearch(Generic[B]):
@@ -69,10 +100,10 @@ class BeamSearch(Generic[B]):
         self.leader = request  # the request itself, which stands for all sequences
         self.sequences = [request]  # the best first
         self.ended: list[Hypothesis] = []  # the best first, at most as many as beams
-        self._totals = {request: 0.0}
-        self._found: dict[B, TokenLogprobs] = {}
+        self._standings = {request: Standing(0.0, [])}
+        self._found: dict[B, Sequence[Candidate]] = {}
 
-    def take(self, sequence: B, found: TokenLogprobs) -> bool:
+    def take(self, sequence: B, found: Sequence[Candidate]) -> bool:
         """Note what may follow a sequence. Returns whether that is known of all of them."""
         self._found[sequence] = found
         return len(self._found) == len(self.sequences)
@@ -83,20 +114,21 @@ class BeamSearch(Generic[B]):
 
     def advance(self) -> list[Continuation[B]]:
         """What goes on, the best first, once it is known what may follow; none: the search has ended."""
-        sampling, length = self.leader.sampling, self.length + 1
-        candidates = self._candidates()
-        self._found.clear()
-        at_end = length >= sampling.max_tokens
+        length = self.length + 1
         going_on: list[Continuation[B]] = []
-        for place, candidate in enumerate(candidates):
-            reason = self._reason(candidate.token_id, at_end)
-            if reason is None:
-                going_on.append(candidate)
+        for place, (sequence, token) in enumerate(self._candidates()):
+            if len(going_on) == self.beams.width:
+                break
+            standing = self._standings[sequence].behind(token)
+            form = None if sequence.form is None else sequence.form.copy()
+            ending = self._ending(token.token_id, form, length)
+            if ending is None:
+                going_on.append(Continuation(sequence, token.token_id, standing, form))
             elif place < self.beams.width:
-                self._end(candidate, length, reason)
+                self._keep(standing, [*_output(sequence), token.token_id], ending)
+        self._found.clear()
         self.ended = sorted(self.ended, key=lambda each: -each.score)[: self.beams.width]
-        going_on = going_on[: self.beams.width]
-        return going_on if going_on and self._may_improve(going_on[0].total, length) else []
+        return going_on if going_on and self._may_improve(going_on[0].standing.total, length) else []
 
     def branch(self, continuations: Sequence[Continuation[B]], blocks: Blocks[B]) -> None:
         """Let sequences go on as their continuations. Those with several branch, and those with none end."""
@@ -112,19 +144,20 @@ class BeamSearch(Generic[B]):
             heirs.append(heir)
         for heir, continuation in zip(heirs, continuations, strict=True):
             heir.token_ids.append(continuation.token_id)
+            heir.form = continuation.form
         self.sequences = heirs
-        self._totals = {heir: each.total for heir, each in zip(heirs, continuations, strict=True)}
+        self._standings = {heir: each.standing for heir, each in zip(heirs, continuations, strict=True)}
 
     def outputs(self, reason: FinishReason | None) -> list[RequestOutput]:
         """The best outputs, as many as are wanted. With a reason the sequences that have not ended do so for it."""
         if reason is not None and self.length:
             for sequence in self.sequences:
-                self._keep(self._totals[sequence], _output(sequence), reason, None)
+                self._keep(self._standings[sequence], _output(sequence), Ending(reason))
         ids = self.beams.output_ids
         best = sorted(self.ended, key=lambda each: -each.score)[: len(ids)]
-        nothing = Hypothesis(-math.inf, [], reason or FinishReason.MAX_TOKENS)
+        nothing = Hypothesis(-math.inf, [], [], Ending(reason or FinishReason.MAX_TOKENS))
         return [
-            RequestOutput(output_id, each.token_ids, each.reason, each.stop_token_id, score=each.score)
+            RequestOutput(output_id, each.token_ids, *each.ending, each.told or None, each.score)
             for output_id, each in zip(ids, chain(best, repeat(nothing)), strict=False)
         ]
 
@@ -133,32 +166,27 @@ class BeamSearch(Generic[B]):
         """The tokens that each sequence has behind the prompt."""
         return self.sequences[0].num_output_tokens
 
-    def _candidates(self) -> list[Continuation[B]]:
+    def _candidates(self) -> list[tuple[B, Candidate]]:
         """The best continuations of all sequences, the best first."""
-        sampling = self.leader.sampling
-        every = [
-            Continuation(self._totals[sequence] + logprob, sequence, token_id)
-            for sequence in self.sequences
-            for token_id, logprob in zip(self._found[sequence].top_ids, self._found[sequence].top_logprobs, strict=True)
-        ]
-        every.sort(key=lambda each: -each.total)
-        return every[: sampling.num_candidates]
+        totals = {sequence: standing.total for sequence, standing in self._standings.items()}
+        every = [(sequence, token) for sequence in self.sequences for token in self._found[sequence]]
+        every.sort(key=lambda each: -totals[each[0]] - each[1].logprob)
+        return every[: self.leader.sampling.num_candidates]
 
-    def _reason(self, token_id: int, at_end: bool) -> FinishReason | None:
+    def _ending(self, token_id: int, form: Form | None, length: int) -> Ending | None:
+        """Why an output of this length ends with this token, which its form takes; None: it goes on."""
         sampling = self.leader.sampling
         if token_id in sampling.eos_token_ids:
-            return FinishReason.EOS
+            return Ending(FinishReason.EOS, token_id)
         if token_id in sampling.stop_token_ids:
-            return FinishReason.STOP
-        return FinishReason.MAX_TOKENS if at_end else None
+            return Ending(FinishReason.STOP, token_id)
+        if form is not None and (form.take(token_id) or (form.completes_stop and length >= sampling.min_tokens)):
+            return Ending(FinishReason.STOP)
+        return Ending(FinishReason.MAX_TOKENS) if length >= sampling.max_tokens else None
 
-    def _end(self, candidate: Continuation[B], length: int, reason: FinishReason) -> None:
-        stop_token_id = None if reason is FinishReason.MAX_TOKENS else candidate.token_id
-        self._keep(candidate.total, [*_output(candidate.sequence), candidate.token_id], reason, stop_token_id)
-
-    def _keep(self, total: float, token_ids: list[int], reason: FinishReason, stop_token_id: int | None) -> None:
-        score = total / len(token_ids) ** self.beams.length_penalty
-        self.ended.append(Hypothesis(score, token_ids, reason, stop_token_id))
+    def _keep(self, standing: Standing, token_ids: list[int], ending: Ending) -> None:
+        score = standing.total / len(token_ids) ** self.beams.length_penalty
+        self.ended.append(Hypothesis(score, token_ids, standing.told, ending))
 
     def _may_improve(self, best_total: float, length: int) -> bool:
         """Whether a sequence that goes on may end better than the worst that is kept."""

@@ -1,11 +1,23 @@
-"""The form that one output must have."""
+"""The form that one output must have, and the texts that end it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from copy import copy
+from typing import Any, Final, NamedTuple, Protocol
 
 from llguidance import LLMatcher
+
+NOTHING_FITS: Final = "no token is left to draw: loosen allowed_token_ids, bad_words or min_tokens, or the form"
+
+
+class FormKey(NamedTuple):
+    """What a form is made of."""
+
+    grammar: str  # "": none
+    bad_words: tuple[str, ...]
+    stop: tuple[str, ...]
+    token_ids: tuple[int, ...]  # taken already
 
 
 class Words(Protocol):
@@ -25,25 +37,50 @@ class Texts(Protocol):
         """What texts without these words need, of which none is empty. Takes some milliseconds a word."""
 
 
+class Stops:
+    """Texts that end an output, whichever tokens spell them."""
+
+    def __init__(self, texts: Sequence[bytes], token_bytes: Sequence[bytes]) -> None:
+        """`texts`: none is empty. `token_bytes`: by id."""
+        self._texts = texts
+        self._token_bytes = token_bytes
+        self._num_kept = max(map(len, texts)) - 1
+
+    def after(self, tail: bytes, token_id: int) -> tuple[bytes, bool]:
+        """What matters of a text after one more token, and whether that completes one of the texts.
+
+        tail: what mattered of it before; empty: it was empty.
+        """
+        text = tail + self._token_bytes[token_id]
+        completed = any(text.find(stop, max(len(tail) - len(stop) + 1, 0)) >= 0 for stop in self._texts)
+        return text[max(len(text) - self._num_kept, 0) :], completed
+
+
 class Form:
     """What may follow the tokens that an output has so far: what its grammar allows, and no word that it must not
-    have.
+    have. The sequences of a search are told of texts that end them, too: of others the service finds these.
     """
 
-    def __init__(self, matcher: LLMatcher | None, words: Words | None = None, tail: bytes = b"") -> None:
-        """`matcher`: None: there is no grammar. `tail`: what matters to `words` of the text so far."""
+    def __init__(self, matcher: LLMatcher | None, words: Words | None = None, stops: Stops | None = None) -> None:
+        """`matcher`: None: there is no grammar."""
         self.matcher = matcher
+        self.completes_stop = False  # whether its last token completes a text that ends it
         self._words = words
-        self._tail = tail
+        self._stops = stops
+        self._tail = self._stop_tail = b""  # what matters to `words`, and to `stops`, of the text so far
 
     def copy(self) -> Form:
         """The same form, for another output."""
-        return Form(self.matcher and self.matcher.deep_copy(), self._words, self._tail)
+        twin = copy(self)
+        twin.matcher = self.matcher and self.matcher.deep_copy()
+        return twin
 
     def take(self, token_id: int) -> bool:
         """Note the output's next token. Returns whether nothing but the end may follow it."""
         if self._words is not None:
             self._tail = self._words.after(self._tail, [token_id])
+        if self._stops is not None:
+            self._stop_tail, self.completes_stop = self._stops.after(self._stop_tail, token_id)
         return self.matcher is not None and self.matcher.consume_token(token_id) and self.matcher.is_stopped()
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:

@@ -14,14 +14,14 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from loraplex_engine.link.grammar import GRAMMAR_LIMITS, UNUSABLE_FORM
 from loraplex_engine.scheduling.compiling import TurnQueue
-from loraplex_engine.scheduling.form import Form, Texts
+from loraplex_engine.scheduling.form import Form, FormKey, Stops, Texts
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.resources import NeverReadyError, Preparer
 
 MAX_COMPILED = 128  # grammars that are kept: of some 100 kB, at most some MB
 NUM_THREADS = 2  # so that a large grammar does not keep small ones waiting
 
-FormKey = tuple[str, tuple[str, ...], tuple[int, ...]]  # a grammar, bad words, and the tokens taken already
+
 Wanted = tuple[str, FormKey]  # by a tenant
 
 
@@ -96,7 +96,7 @@ class FormPreparer(Preparer):
     def _compile(self, key: FormKey) -> Form:
         assert self._vocabulary is not None
         began = time.monotonic()
-        form = self._vocabulary.form(*key)
+        form = self._vocabulary.form(key)
         with self._counting:
             self.num_compiled += 1
             self.compile_seconds += time.monotonic() - began
@@ -120,13 +120,18 @@ class Vocabulary:
     def __init__(self, tokens: list[bytes], texts: Texts) -> None:
         """With one more token, "the end may follow": which tokens end an output, each request says for itself."""
         self._texts = texts
+        self._tokens = tokens
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Tokens([*tokens, b""])))
 
-    def form(self, grammar: str, words: Sequence[str], token_ids: Sequence[int]) -> Form:
-        """The form after these tokens. Raises ValueError."""
-        bad_words = self._texts.without([word.encode() for word in words]) if words else None
-        form = Form(self._matcher(grammar) if grammar else None, bad_words)
-        for token_id in token_ids:  # one by one: the library keeps the interpreter lock until all are taken
+    def form(self, key: FormKey) -> Form:
+        """The form after the key's tokens. Raises ValueError."""
+        words, stop = ([text.encode() for text in texts] for texts in (key.bad_words, key.stop))
+        form = Form(
+            self._matcher(key.grammar) if key.grammar else None,
+            self._texts.without(words) if words else None,
+            Stops(stop, self._tokens) if stop else None,
+        )
+        for token_id in key.token_ids:  # one by one: the library keeps the interpreter lock until all are taken
             form.take(token_id)
             if form.problem:
                 break

@@ -14,7 +14,7 @@ from loraplex_engine.link.messages import AddRequest, Embedded, Parts, RequestOu
 from loraplex_engine.link.pooling import PoolingMethod
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from loraplex_engine.scheduling.beam_search import BeamSearch
-from loraplex_engine.scheduling.form import Form
+from loraplex_engine.scheduling.form import Form, FormKey
 from loraplex_engine.scheduling.token_counts import Counted, TokenCounts
 
 ENDED_BY_TOKEN = (FinishReason.STOP, FinishReason.EOS)
@@ -93,9 +93,9 @@ class Request:
         self.bypass_prefix_cache = message.bypass_prefix_cache
         self.pooling = message.pooling
         self.pooled = bytearray()  # of the rows computed so far, as StepResult has it
-        # What its form is prepared for: a grammar, words that it must not have, and the tokens that it has already.
-        has_form = message.grammar or sampling.bad_words
-        self.form_key = (message.grammar, sampling.bad_words, tuple(message.output_token_ids)) if has_form else None
+        has_form = message.grammar or sampling.bad_words or sampling.stop
+        key = FormKey(message.grammar, sampling.bad_words, sampling.stop, tuple(message.output_token_ids))
+        self.form_key = key if has_form else None  # what its form is prepared for
         self.form: Form | None = None  # that its output must have
         self.drafts = message.drafts
         self.adapter_wait_seconds = message.adapter_wait_seconds

@@ -20,6 +20,7 @@ from loraplex_engine.scheduling.beam_search import BeamSearch
 from loraplex_engine.scheduling.block_manager import BlockManager
 from loraplex_engine.scheduling.drafter import Drafter, NoDrafts
 from loraplex_engine.scheduling.fairness import FairQueue
+from loraplex_engine.scheduling.form import NOTHING_FITS
 from loraplex_engine.scheduling.request import Request, RequestState
 from loraplex_engine.scheduling.resources import NeverReadyError, Preparer, WaitingRoom
 from loraplex_engine.scheduling.step import SampledToken, ScheduledRequest, StepPlan, StepResult
@@ -298,8 +299,7 @@ class Scheduler:
         self, sequence: Request, search: BeamSearch[Request], token: SampledToken
     ) -> list[RequestOutput]:
         """Note what may follow a sequence of a search, which goes on once that is known of all."""
-        assert token.logprobs is not None
-        if not search.take(sequence, token.logprobs):
+        if not search.take(sequence, token.candidates):
             return []
         leader, count = search.leader, len(search.sequences)
         first = search.length == 0
@@ -309,6 +309,8 @@ class Scheduler:
         continuations = search.advance()
         if continuations:
             search.branch(continuations, self.blocks)
+        elif not search.ended:
+            return [self._failed(leader, f"its form cannot go on: {NOTHING_FITS}", UNUSABLE_FORM)]
         outputs = [leader.with_beginning(taken) if first else taken]
         return outputs if continuations else outputs + self._end_search(search)
 
@@ -340,10 +342,12 @@ class Scheduler:
 
     def fail(self, request: Request, error: str, reason: str = "") -> None:
         """End one request with an error, which the next `update` reports. `reason`: its kind, if it has a name."""
+        self._outputs.append(self._failed(request, error, reason))
+
+    def _failed(self, request: Request, error: str, reason: str) -> RequestOutput:
         self._finish(request, FinishReason.ERROR)
         self.num_forms_failed += reason == UNUSABLE_FORM
-        output = RequestOutput(request.request_id, [], FinishReason.ERROR, error=error, error_reason=reason)
-        self._outputs.append(output)
+        return RequestOutput(request.request_id, [], FinishReason.ERROR, error=error, error_reason=reason)
 
     def fail_step(self, plan: StepPlan, error: str) -> None:
         """End every request of a step that could not be computed. The others have lost nothing."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from loraplex_engine.link.messages import TokenLogprobs
+from loraplex_engine.scheduling.beam_search import Candidate
 from loraplex_engine.scheduling.request import Request
 
 # How long to listen before the next step when the last one did nothing, because another thread reads what it needs.
@@ -77,8 +78,9 @@ class StepPlan:
 class SampledToken:
     """The token drawn for one request, with its log-probabilities if they were asked for."""
 
-    token_id: int
+    token_id: int  # for a sequence of a search without a meaning
     logprobs: TokenLogprobs | None
+    candidates: tuple[Candidate, ...] = ()  # for a sequence of a search: what may follow it, the best first
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,8 @@ async def _stream_several(
             if not exchange.begun:
                 await _begin(exchange, answers, response.request_id, response.target)
             used.append(response.usage)
-            for chunk in answers.chunks_of(number * len(response.outputs), number, response):
+            wanted = max(specs[number].sampling.n, len(response.outputs))  # a search may find fewer
+            for chunk in answers.chunks_of(number * wanted, number, response):
                 await exchange.event(chunk)
     for chunk in answers.usage_chunks(used):
         await exchange.event(chunk)

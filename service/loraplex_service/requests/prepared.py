@@ -13,7 +13,6 @@ from loraplex_engine.link.messages import AddRequest
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_service.admission.tenants import Tenant
 from loraplex_service.call import Call
-from loraplex_service.errors import InvalidRequest
 from loraplex_service.names.target import LoadedModel, Target, merged_sampling
 from loraplex_service.requests.cold_adapters import Wait
 from loraplex_service.requests.drafts import wanted_drafts
@@ -139,9 +138,6 @@ class Preparation:
         sampling = merged_sampling(spec.sampling, target.default_sampling)
         params = _params(spec, sampling, model, len(prompt), path)
         drafts = wanted_drafts(spec, model.limits, path)
-        if spec.HasField("beam_search") and form.grammar:
-            problem = "excludes a form, which the route or the adapter names; set constraint.any_text to have none"
-            raise InvalidRequest.at(f"{path}.beam_search", problem)
         params = ranking_params(params, spec, sampling, model.limits, path)
         is_search = spec.beam_search.num_beams > 0
         outputs = len(scored) or (sampling.n or 1 if is_search else max(sampling.best_of, sampling.n, 1))

@@ -30,9 +30,6 @@ def ranking_params(
         is_told = params.num_logprobs is not None or num_ranked(merged, spec.beam_search) is None
         return params if is_told else msgspec.structs.replace(params, num_logprobs=0)
     width = spec.beam_search.num_beams
-    if params.bad_words:
-        problem = "excludes bad_words, which the defaults of the route or the model have"
-        raise InvalidRequest.at(f"{path}.beam_search", problem)
     if width > limits.max_num_seqs:
         problem = f"is {width}, and the model runs {limits.max_num_seqs} sequences at the same time"
         raise InvalidRequest.at(f"{path}.beam_search.num_beams", problem)
@@ -48,6 +45,7 @@ def ranking_params(
         top_p=1.0,
         min_p=0.0,
         typical_p=1.0,
+        stop=tuple(dict.fromkeys(spec.stopping.stop)),
         num_candidates=Beams(width, []).num_candidates(endings),
     )
 

@@ -385,7 +385,8 @@ class Run:
             return
         self._open.clear()
         ranked = sorted(self._sequences, key=lambda sequence: -sequence.ranked_by())
-        for index, sequence in enumerate(ranked[:count]):
+        found = [sequence for sequence in ranked[:count] if sequence.score != -math.inf]  # a search may find fewer
+        for index, sequence in enumerate(found or ranked[:1]):
             yield from sequence.builder.ranked(index, sequence.ranked_by())
 
     def _holds_tokens(self) -> bool:

@@ -168,12 +168,12 @@ def _check_beam_search(spec: GenerateSpec, path: str) -> Iterator[Violation]:
         for field, value in getattr(spec, part).ListFields():
             if field.name in names and not (field.name == "temperature" and value == 0):
                 yield Violation(_at(path, f"{part}.{field.name}"), _IN_A_SEARCH)
-    for field, _ in spec.ListFields():
-        is_free = field.name == "constraint" and spec.constraint.HasField("any_text")
-        if field.name in ("constraint", "drafts", "watermark") and not is_free:
-            yield Violation(_at(path, field.name), _IN_A_SEARCH)
-    if requires_calls(spec.prompt.chat):
-        yield Violation(_at(path, "prompt.chat.tool_choice"), "requires calls, which excludes beam_search")
+    for name in ("drafts", "watermark"):
+        if spec.HasField(name):
+            yield Violation(_at(path, name), _IN_A_SEARCH)
+    if spec.stopping.stop and spec.output.HasField("skip_special_tokens") and not spec.output.skip_special_tokens:
+        problem = "is false, and a beam_search looks for stop strings in text without special tokens"
+        yield Violation(_at(path, "output.skip_special_tokens"), problem)
 
 
 def _check_message(spec: GenerateSpec, path: str) -> Iterator[Violation]:
@@ -354,9 +354,8 @@ _TOOL_NAME = re.compile(r"[\w./:-]+", re.ASCII)
 _DIGEST = re.compile(f"sha256:{DIGEST}")
 _IN_A_SEARCH = "excludes beam_search; leave out one of them"
 _NOT_SEARCHED = {
-    "sampling": ("temperature", "top_p", "top_k", "min_p", "typical_p", "seed", "best_of", "bad_words"),
-    "stopping": ("stop",),
-    "output": ("logprobs", "top_logprobs", "prompt_logprobs", "logprob_token_ids", "logprobs_mode"),
+    "sampling": ("temperature", "top_p", "top_k", "min_p", "typical_p", "seed", "best_of"),
+    "output": ("prompt_logprobs",),
 }
 _SCORED = {"model", "prompt", "output", "cache", "adapter_policy", "priority", "client_request_id", "labels"}
 _NOT_SCORED = "has no meaning for Score, which generates nothing; leave it out"

@@ -28,7 +28,9 @@ async def create(control: ControlPlane, form: Constraint | None, name: str = "pi
     return made.version
 
 
-async def grammar(control: ControlPlane, model: str, form: Constraint | None = None) -> tuple[str, str]:
+async def grammar(
+    control: ControlPlane, model: str, form: Constraint | None = None, num_beams: int | None = None
+) -> tuple[str, str]:
     """The grammar that the engine is told, and who the caller is told has named it."""
     seen: list[AddRequest] = []
     core = control.core()
@@ -40,7 +42,7 @@ async def grammar(control: ControlPlane, model: str, form: Constraint | None = N
 
     core.add = noted  # type: ignore[method-assign]
     response: GenerateResponse = await control.client.generate(
-        model, "abc", spec=GenerateSpec(constraint=form), max_tokens=3
+        model, "abc", spec=GenerateSpec(constraint=form), max_tokens=3, num_beams=num_beams
     )
     core.add = add  # type: ignore[method-assign]
     return seen[0].grammar, response.target.constraint_source
@@ -74,13 +76,9 @@ async def test_a_request_names_its_own_form_or_none(control: ControlPlane) -> No
     assert await grammar(control, "pirate", constraint(any_text=True)) == ("", "")
 
 
-async def test_a_search_goes_without_the_form_of_its_adapter_if_it_says_so(control: ControlPlane) -> None:
-    await create(control, ABC)
-    with pytest.raises(InvalidArgument, match=r"set constraint\.any_text"):
-        await control.client.generate("pirate", "abc", num_beams=2, max_tokens=3)
-    answer = await control.client.generate("pirate", "abc", num_beams=2, max_tokens=3, any_text=True)
-    assert answer.target.constraint_source == ""
-    assert answer.outputs[0].finished.HasField("score")
+async def test_a_search_has_the_form_of_its_adapter(control: ControlPlane) -> None:
+    version = await create(control, ABC)
+    assert await grammar(control, "pirate", num_beams=2) == (regex_grammar("[abc]+"), version)
 
 
 async def test_a_routes_form_comes_before_the_adapters(control: ControlPlane) -> None:

@@ -10,21 +10,13 @@ import pytest
 from loraplex.v1.generation_pb2 import EARLY_STOPPING_NEVER
 from loraplex.v1.inference_pb2 import GenerateRequest, StreamGenerateRequest
 from loraplex_engine.link.beams import EarlyStopping
+from loraplex_engine.link.grammar import regex_grammar
 from loraplex_service.errors import Unavailable
 from tests.service.data_plane import DataPlane, failure, make_spec
 from tests.service.fake_engine import FakeEngine
 
 THREE_TOKENS = {"max_tokens": 3}
 SEARCH: dict[str, Any] = {"beam_search": {"num_beams": 2}}
-REQUIRED_CALLS: dict[str, Any] = {
-    "prompt": {
-        "chat": {
-            "messages": [{"role": "user", "content": "hi"}],
-            "tools": [{"name": "look"}],
-            "tool_choice": {"name": "look"},
-        }
-    }
-}
 
 
 def said(plane: DataPlane, *scripts: str) -> None:
@@ -70,6 +62,24 @@ async def test_a_search_is_one_request_whose_outputs_come_best_first(plane: Data
     assert not answer.HasField("seed")
 
 
+async def test_a_search_takes_forms_stop_strings_and_log_probabilities(plane: DataPlane) -> None:
+    stopping, output = {"max_tokens": 4, "stop": ["z"]}, {"top_logprobs": 2}
+    fields: dict[str, Any] = {"sampling": {"bad_words": ["q"]}, "stopping": stopping, "output": output}
+    answer = await plane.generate(make_spec("xyz", constraint={"regex": "[xyz]+"}, **fields, **SEARCH))
+    [request] = plane.engine.requests
+    assert request.grammar == regex_grammar("[xyz]+")
+    assert (request.sampling.bad_words, request.sampling.stop) == (("q",), ("z",))
+    assert request.sampling.num_logprobs == 2
+    assert (answer.outputs[0].text, answer.outputs[0].finished.stop) == ("xy", "z")
+
+
+async def test_a_search_that_finds_fewer_outputs_gives_these_alone(plane: DataPlane) -> None:
+    plane.engine.most_found = 1
+    spec = make_spec("xyz", sampling={"n": 2}, stopping=THREE_TOKENS, **SEARCH)
+    answer = await plane.generate(spec)
+    assert [output.text for output in answer.outputs] == ["xyz"]
+
+
 @pytest.fixture
 async def next_engine() -> AsyncIterator[FakeEngine]:
     engine = FakeEngine()
@@ -104,12 +114,12 @@ async def test_a_search_begins_anew_with_the_next_engine(plane: DataPlane, next_
         (SEARCH | {"sampling": {"n": 3}}, ["sampling.n"]),
         (SEARCH | {"sampling": {"temperature": 0.5, "top_k": 3}}, ["sampling.temperature", "sampling.top_k"]),
         (SEARCH | {"sampling": {"seed": 3, "best_of": 2}}, ["sampling.seed", "sampling.best_of"]),
-        (SEARCH | {"sampling": {"bad_words": ["x"]}}, ["sampling.bad_words"]),
-        (SEARCH | {"stopping": {"stop": ["x"]}}, ["stopping.stop"]),
         (SEARCH | {"stopping": {"max_tokens": 0}}, ["stopping.max_tokens"]),
-        (SEARCH | {"output": {"logprobs": True}}, ["output.logprobs"]),
-        (SEARCH | {"constraint": {"regex": "a"}}, ["constraint"]),
-        (SEARCH | REQUIRED_CALLS, ["prompt.chat.tool_choice"]),
+        (SEARCH | {"output": {"prompt_logprobs": 0}}, ["output.prompt_logprobs"]),
+        (
+            SEARCH | {"stopping": {"stop": ["x"]}, "output": {"skip_special_tokens": False}},
+            ["output.skip_special_tokens"],
+        ),
         (SEARCH | {"watermark": {"key": b"k" * 16}}, ["watermark"]),
         (SEARCH | {"drafts": {"max_draft_tokens": 1}}, ["drafts"]),
         ({"beam_search": {"num_beams": 5}}, ["beam_search.num_beams"]),  # four sequences run at once
