@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from tests.reference.peft_oracle import KINDS, VOCAB, Engine, Oracle, random_pro
 
 # Those that PEFT adds to what a linear of the base gives.
 ADAPTERS = ("plain", "one-layer", "lora-bias", "embedding", "head", "saved-norms", "tokens")
-# Of the largest logit. Most are the same to 4e-7. Where float32's sums differ in their last bit, an input in the middle
-# between two codes may become the other one, as once with "head": 0.0007. Were an adapter's inputs rounded as well, the
-# logits would be 0.005 to 0.02 away, and 0.01 to 0.02 if those of the base were not.
-TOLERANCE = 0.002
+# Of the largest logit. Where float32's sums differ in their last bit, an input in the middle between two codes may
+# become the other one, and all that follows in its sequence differs: by 0.0007 to 0.005 in one row of forty here, by
+# processor. All other rows are the same to 5e-7. Were an adapter's inputs rounded as well, all would be 0.005 to 0.02
+# away, and 0.01 to 0.02 if those of the base were not. So each adapter has rows enough, and must be the same in most.
+TOLERANCE = 1e-5
+PROMPTS = 5  # for each adapter, with three rows each
 
 
 def rounded_to_bytes(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -44,11 +47,16 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 def test_an_adapter_reads_inputs_that_are_not_rounded(oracle: Oracle, kernels: str) -> None:
     options: dict[str, Any] = {"max_num_batched_tokens": 32, "max_resident_adapters": 8}
     engine = Engine(oracle, kernels=kernels, max_model_len=MODEL["max_position_embeddings"], **options)
-    for index, adapter in enumerate([None, *ADAPTERS]):
+    for index, adapter in enumerate([None, *ADAPTERS] * PROMPTS):
         engine.add(random_prompt(5 + index * 7 % 23, index), adapter, 3)
     engine.finish()
+    errors: dict[str | None, list[Tensor]] = defaultdict(list)
     for number, (adapter, prompt) in engine.asked.items():
         wanted = oracle.logits(adapter, prompt + engine.tokens[number], len(prompt))
-        error = (torch.stack(engine.sampler.logits[number]) - wanted).abs().max() / wanted.abs().max()
-        assert error < TOLERANCE, f"{adapter}: logits are off by {error:.2e} of the largest"
+        errors[adapter].append(
+            (torch.stack(engine.sampler.logits[number]) - wanted).abs().amax(-1) / wanted.abs().max()
+        )
+    for adapter, rows in errors.items():
+        typical = torch.cat(rows).median()
+        assert typical < TOLERANCE, f"{adapter}: most logits are off by {typical:.2e} of the largest"
     engine.core.close()

@@ -100,7 +100,7 @@ def test_parts_of_a_fused_linear_may_have_scales_of_their_own(tmp_path: Path) ->
 
 def test_experts_are_multiplied_in_integers(tmp_path: Path) -> None:
     mixture: dict[str, Any] = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 32}
-    mixture |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    mixture |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
     twins = make_twins(tmp_path, *INTEGERS["w8a8 per token"], skipped=("mlp.gate",), **mixture)
     wanted = logits(load(twins.dense), TOKENS)
     for kernels in ("reference", "cpu"):
@@ -108,7 +108,7 @@ def test_experts_are_multiplied_in_integers(tmp_path: Path) -> None:
         model = load(twins.quantised, ops)
         linear = linear_at(model, "layers.0.experts.3.down").linear
         assert isinstance(linear, Linear)
-        assert linear.nbytes < 64 * 32 * 1.5
+        assert linear.nbytes < 64 * 64 * 1.5  # AMX reads 64 inputs at once: fewer are padded
         distance = (logits(model, TOKENS, ops) - wanted).abs().max() / wanted.abs().max()
         assert 1e-4 < distance < 0.05  # 0.015 here
 
