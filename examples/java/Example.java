@@ -69,9 +69,9 @@ public final class Example {
   }
 
   private static void exceedDeadline(InferenceServiceBlockingStub stub, GenerateSpec spec) {
-    Stopping endless = Stopping.newBuilder().setMaxTokens(100_000).setIgnoreEos(true).build();
+    Stopping endless = Stopping.newBuilder().setMaxTokens(2000).setIgnoreEos(true).build();
     try {
-      stub.withDeadlineAfter(200, TimeUnit.MILLISECONDS)
+      stub.withDeadlineAfter(100, TimeUnit.MILLISECONDS)
           .generate(asked(spec.toBuilder().setStopping(endless)));
     } catch (StatusRuntimeException error) {
       System.out.println("deadline: " + error.getStatus().getCode());

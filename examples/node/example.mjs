@@ -50,7 +50,7 @@ for await (const event of client.streamGenerate(asked({ stopping: { maxTokens: 1
 console.log();
 
 try {
-  await generate(asked({ stopping: { maxTokens: 100_000, ignoreEos: true } }), within(0.2));
+  await generate(asked({ stopping: { maxTokens: 2000, ignoreEos: true } }), within(0.1));
 } catch (error) {
   console.log("deadline:", grpc.status[error.code]);
 }

@@ -18,7 +18,7 @@ with Client(address, timeout=60) as client:
     print()
 
     try:
-        client.generate(model, "Once upon a time", max_tokens=100_000, ignore_eos=True, timeout=0.2)
+        client.generate(model, "Once upon a time", max_tokens=2000, ignore_eos=True, timeout=0.1)
     except DeadlineExceeded as error:
         print("deadline:", error.code.name)
     except LoraplexError as error:  # the model's context may be too short for so many tokens

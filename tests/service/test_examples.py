@@ -19,6 +19,11 @@ JAVA_TOOLS = ("javac", "protoc", "grpc_java_plugin")
 JARS = Path("/usr/share/java")  # where Debian has them
 JAVA_LIBRARIES = ("grpc-netty", "grpc-protobuf", "grpc-stub", "netty-codec-http2", "perfmark-api", "protobuf")
 
+GO_TOOLS = ("go", "protoc", "protoc-gen-go", "protoc-gen-go-grpc")
+GO_SOURCES = Path("/usr/share/gocode/src")
+# The last has this folder from 1.4 on, and the stubs need that.
+GO_LIBRARIES = ("google.golang.org/grpc", "google.golang.org/protobuf", "github.com/golang/protobuf/internal/gengogrpc")
+
 
 async def run(*command: str | Path, cwd: Path) -> str:
     def waited() -> "subprocess.CompletedProcess[str]":
@@ -29,11 +34,12 @@ async def run(*command: str | Path, cwd: Path) -> str:
     return ended.stdout
 
 
-def check(printed: str, cancelled: str) -> None:
+def check(printed: str, cancelled: str, deadline: str = "DEADLINE_EXCEEDED", error: str = "INVALID_ARGUMENT") -> None:
+    """The names of codes are those that the language has."""
     assert re.search(r"^stream:\n.*Once", printed, re.MULTILINE)
-    assert "deadline: DEADLINE_EXCEEDED" in printed
+    assert f"deadline: {deadline}" in printed
     assert f"cancel: {cancelled}" in printed
-    assert "error: INVALID_ARGUMENT" in printed
+    assert f"error: {error}" in printed
     assert "spec.sampling.temperature" in printed
 
 
@@ -43,6 +49,14 @@ def copied(example: str, place: Path) -> Path:
     for folder in (example, "googleapis"):
         shutil.copytree(EXAMPLES / folder, place / "examples" / folder)
     return place / "examples" / example
+
+
+async def by_its_recipe(example: str, address: str, place: Path) -> str:
+    """What the example prints when it is built and called as the README says, for this address."""
+    found = re.search(rf"```sh\ncd examples/{example}\n(.*?)```", README, re.DOTALL)
+    assert found is not None
+    recipe = found[1].replace("127.0.0.1:50051 storyteller", f"{address} tiny")
+    return await run("bash", "-euc", recipe, cwd=copied(example, place))
 
 
 async def test_the_python_example_runs(control: ControlPlane) -> None:
@@ -71,11 +85,18 @@ async def test_the_node_example_runs(control: ControlPlane, tmp_path: Path) -> N
     reason="needs the packages that examples/README.md names for Java",
 )
 async def test_the_java_example_runs_by_its_recipe(control: ControlPlane, tmp_path: Path) -> None:
-    found = re.search(r"```sh\ncd examples/java\n(.*?)^java (.*?)```", README, re.MULTILINE | re.DOTALL)
-    assert found is not None
-    here = copied("java", tmp_path)
-    await run("bash", "-euc", found[1], cwd=here)
-    call = found[2].replace("127.0.0.1:50051 storyteller", f"{control.addresses.data} tiny")
-    printed = await run("bash", "-euc", f"java {call}", cwd=here)
+    printed = await by_its_recipe("java", control.addresses.data, tmp_path)
     check(printed, "CANCELLED")
+    assert "ErrorInfo INVALID_PARAMETER" in printed
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    any(shutil.which(tool) is None for tool in GO_TOOLS)
+    or any(not (GO_SOURCES / name).exists() for name in GO_LIBRARIES),
+    reason="needs the packages that examples/README.md names for Go",
+)
+async def test_the_go_example_runs_by_its_recipe(control: ControlPlane, tmp_path: Path) -> None:
+    printed = await by_its_recipe("go", control.addresses.data, tmp_path)
+    check(printed, "Canceled", "DeadlineExceeded", "InvalidArgument")
     assert "ErrorInfo INVALID_PARAMETER" in printed
