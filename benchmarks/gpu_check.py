@@ -237,10 +237,11 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 def _kernel_line(row: dict[str, Any], copy: float) -> str:
     rate = row["num_bytes"] / row["seconds"]
-    theirs = row["torch_seconds"]
+    theirs = row["torch_seconds"]  # None: torch has no one operation for it
+    beside = "| |" if theirs is None else f"{theirs * 1e6:.1f} | {theirs / row['seconds']:.2f}x |"
     return (
         f"| {row['name']} | {row['seconds'] * 1e6:.1f} | {row['spread']:.0%} | {rate / 1e9:.0f} | {rate / copy:.0%} "
-        f"| {row['flops'] / row['seconds'] / 1e12:.1f} | {theirs * 1e6:.1f} | {theirs / row['seconds']:.2f}x |"
+        f"| {row['flops'] / row['seconds'] / 1e12:.1f} | {beside}"
     )
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_check import as_markdown
+
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,3 +137,20 @@ def test_what_is_not_installed_is_taken_from_the_wheels_that_were_carried(
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
     assert gpu_check.take_from_wheels(["carried_along"], wheels, str(folder)) == []
     assert os.environ["PYTHONPATH"] == f"{folder}{os.pathsep}elsewhere"
+
+
+def test_a_kernel_that_torch_does_not_have_has_no_time_beside_its_own() -> None:
+    row = {"name": "paged", "num_bytes": 4e6, "flops": 2e6, "seconds": 2e-6, "spread": 0.1}
+    report: dict[str, object] = {
+        "date": "2026-11-30",
+        "command": "make gpu-check",
+        "machine": {"device": "a GPU", "torch": "2.11", "triton": "3.6"},
+        "tests": {"status": 0, "seconds": 1.0, "tail": ["1 passed"]},
+        "interpreted": False,
+        "left_out": [],
+        "copy_bytes_per_second": 4e12,
+        "kernels": [row | {"torch_seconds": None}, row | {"torch_seconds": 3e-6}],
+    }
+    alone, beside = [line for line in as_markdown(report).splitlines() if line.startswith("| paged")]
+    assert alone == "| paged | 2.0 | 10% | 2000 | 50% | 1.0 | | |"
+    assert beside == "| paged | 2.0 | 10% | 2000 | 50% | 1.0 | 3.0 | 1.50x |"
