@@ -19,7 +19,7 @@ from loraplex_adapters.grammar import ID_RULE, is_id
 from loraplex_engine.link.logs import LOG_FORMATS
 from loraplex_service.adapters.config import AdapterConfig, ConstraintConfig
 from loraplex_service.admission.tenants import TenantConfig
-from loraplex_service.auth.config import AuthConfig, CertificateConfig, JwtConfig
+from loraplex_service.auth.config import AuthConfig
 from loraplex_service.config_checks import Shape, number_problems
 from loraplex_service.config_file import ConfigError, read_yaml
 from loraplex_service.models.config import HostedModelConfig, SupervisionConfig, is_model
@@ -108,23 +108,6 @@ class ServiceConfig(_Section, frozen=True):
         return msgspec.structs.replace(self, listen="127.0.0.1:0", admin_listen="127.0.0.1:0")
 
 
-SECTIONS = (
-    ServiceConfig,
-    HostedModelConfig,
-    AdapterConfig,
-    ConstraintConfig,
-    TlsConfig,
-    AuthConfig,
-    JwtConfig,
-    CertificateConfig,
-    TenantConfig,
-    LimitsConfig,
-    SupervisionConfig,
-    UsageConfig,
-    OtlpConfig,
-)
-
-
 def default_config_file() -> Path:
     """The path of the embedded configuration, with models and adapters small enough for any machine."""
     return Path(str(resources.files("loraplex_demo"))) / "loraplex.yaml"
@@ -149,7 +132,7 @@ def _checked(
 ) -> ServiceConfig:
     """source: where the fields stand, for people; problems: what is known to be wrong there."""
     overrides, more_problems = _overrides(environment)
-    shape = Shape({name for section in SECTIONS for name in section.__struct_fields__})
+    shape = Shape(ServiceConfig)
     fields = shape.pruned(fields | overrides, ServiceConfig)
     problems += more_problems + shape.mistakes
     try:

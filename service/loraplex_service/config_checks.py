@@ -33,16 +33,20 @@ AMOUNTS = (1e-6, 1e9)
 SECONDS = (1e-3, 2e6)  # gRPC counts milliseconds in 32 bits
 MAY_BE_NEGATIVE = frozenset(("max_priority",))
 
+TOP = "the top level"
 Section = type[msgspec.Struct]
 
 
 class Shape:
     """Compares the content of a file with the sections that the configuration has."""
 
-    def __init__(self, known_keys: Collection[str]) -> None:
-        """`known_keys`: the keys of all sections, to suggest one for a mistyped key."""
+    def __init__(self, whole: Section) -> None:
+        """`whole`: the section of the whole file."""
         self.mistakes: list[str] = []
-        self._known_keys = sorted(known_keys)
+        self._places: dict[str, str] = {}  # of all keys; of those with several, the first
+        for place, section in sections(whole):
+            for key in section.__struct_fields__:
+                self._places.setdefault(key, place or TOP)
 
     def pruned(self, value: Any, kind: Any, place: str = "") -> Any:
         """Return the value without unknown keys, which are noted. `kind`: the type that the value must have."""
@@ -62,16 +66,37 @@ class Shape:
 
     def _pruned_section(self, value: dict[Any, Any], section: Section, place: str) -> dict[str, Any]:
         fields = {field.name: field for field in msgspec.structs.fields(section)}
-        where = place or "the top level"
+        where = place or TOP
         for key in value.keys() - fields.keys():
-            similar = difflib.get_close_matches(str(key), self._known_keys, n=1)
-            hint = f"; did you mean {similar[0]!r}?" if similar else ""
-            self.mistakes.append(f"unknown key {key!r} in {where}{hint}")
+            self.mistakes.append(f"unknown key {key!r} in {where}{self._hint(str(key), fields)}")
         for name, field in fields.items():
             if field.required and name not in value:
                 self.mistakes.append(f"missing required field `{name}` in {where}")
         known = {key: item for key, item in value.items() if key in fields}
         return {key: self.pruned(item, fields[key].type, _inside(place, key)) for key, item in known.items()}
+
+    def _hint(self, key: str, own: Collection[str]) -> str:
+        """What may have been meant by an unknown key, in a section that has its own keys."""
+        if key in self._places:
+            return f": it belongs in {self._places[key]}"
+        for keys in (own, self._places):
+            if similar := difflib.get_close_matches(key, sorted(keys), n=1):
+                elsewhere = "" if similar[0] in own else f" in {self._places[similar[0]]}"
+                return f"; did you mean {similar[0]!r}{elsewhere}?"
+        return ""
+
+
+def sections(whole: Section, place: str = "") -> Iterator[tuple[str, Section]]:
+    """A section and those in it, each with its place, such as "models[]"."""
+    yield place, whole
+    for field in msgspec.structs.fields(whole):
+        inside, kind = _inside(place, field.name), field.type
+        if get_origin(kind) is tuple:
+            inside, kind = f"{inside}[]", get_args(kind)[0]
+        elif get_origin(kind) is dict:
+            inside, kind = f"{inside}.*", get_args(kind)[1]
+        if (within := _section(kind)) is not None:
+            yield from sections(within, inside)
 
 
 def number_problems(section: msgspec.Struct, place: str = "") -> Iterator[str]:

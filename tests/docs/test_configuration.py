@@ -8,11 +8,13 @@ import pytest
 
 from loraplex_service.admission.tenants import TenantConfig
 from loraplex_service.auth.config import AuthConfig
-from loraplex_service.config import ENVIRONMENT_PREFIX, SECTIONS, LimitsConfig, ServiceConfig
+from loraplex_service.config import ENVIRONMENT_PREFIX, LimitsConfig, ServiceConfig
+from loraplex_service.config_checks import sections
 from loraplex_service.models.config import HostedModelConfig, SupervisionConfig
 from loraplex_service.telemetry.config import OtlpConfig, UsageConfig
 from tests.docs.pages import ROOT, section, table_rows
 
+SECTIONS = {kind.__name__: kind for _, kind in sections(ServiceConfig)}
 PAGE = ROOT / "docs" / "configuration.md"
 TABLES: dict[str, type[msgspec.Struct]] = {
     "## Top level": ServiceConfig,
@@ -27,6 +29,7 @@ TABLES: dict[str, type[msgspec.Struct]] = {
 # Sections whose keys stand in a sentence and in examples instead of a table of their own.
 IN_PROSE = {
     "TlsConfig": "`tls`",
+    "DraftConfig": "| `drafts`",
     "AdapterConfig": "## `adapters`",
     "ConstraintConfig": "## `adapters`",
     "JwtConfig": "## `auth`",
@@ -83,7 +86,7 @@ def test_a_table_states_the_defaults_that_hold(heading: str) -> None:
 
 @pytest.mark.parametrize("name", IN_PROSE)
 def test_keys_without_a_table_are_named(name: str) -> None:
-    [kind] = [kind for kind in SECTIONS if kind.__name__ == name]
+    kind = SECTIONS[name]
     page = PAGE.read_text()
     start = page.index(IN_PROSE[name])
     for field in msgspec.structs.fields(kind):
@@ -91,7 +94,7 @@ def test_keys_without_a_table_are_named(name: str) -> None:
 
 
 def test_every_section_is_documented() -> None:
-    assert {kind.__name__ for kind in SECTIONS} == {kind.__name__ for kind in TABLES.values()} | IN_PROSE.keys()
+    assert SECTIONS.keys() == {kind.__name__ for kind in TABLES.values()} | IN_PROSE.keys()
 
 
 def test_the_page_names_the_variables_that_are_read() -> None:

@@ -9,12 +9,8 @@ import pytest
 from loraplex.v1.generation_pb2 import Choices, Constraint, JsonObject
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftConfig, DraftKind
-from loraplex_service.config import (
-    SECTIONS,
-    ServiceConfig,
-    load_config,
-)
-from loraplex_service.config_checks import MAY_BE_ZERO
+from loraplex_service.config import ServiceConfig, load_config
+from loraplex_service.config_checks import MAY_BE_ZERO, sections
 from loraplex_service.config_file import ConfigError
 
 
@@ -189,6 +185,19 @@ def test_a_value_of_the_environment_that_does_not_fit_is_named(directory: Path) 
             MODEL + "    max_seqs: 3", "unknown key 'max_seqs' in models[0]; did you mean", id="key of a model"
         ),
         pytest.param(MODEL + "lisen: x", "unknown key 'lisen' in the top level; did you mean 'listen'?", id="top key"),
+        pytest.param(
+            MODEL + "    adapters: []",
+            "unknown key 'adapters' in models[0]: it belongs in the top level",
+            id="top key within",
+        ),
+        pytest.param(
+            MODEL + "max_num_seqs: 3",
+            "unknown key 'max_num_seqs' in the top level: it belongs in models[]",
+            id="too far up",
+        ),
+        pytest.param(
+            MODEL + "limits: {adapter_root: x}", "did you mean 'adapter_roots' in the top level?", id="elsewhere"
+        ),
         pytest.param(MODEL + "limits: {x: 1}", "unknown key 'x' in limits", id="key of a section"),
         pytest.param(MODEL + "limits: {connections: 0}", "limits: connections 0 must be from 1 to", id="no connection"),
         pytest.param(
@@ -346,7 +355,7 @@ def floats() -> list[tuple[str, str]]:
     }
     return [
         (field.name, section_texts[section.__name__].format(f"{field.name}: {{}}"))
-        for section in SECTIONS
+        for _, section in sections(ServiceConfig)
         for field in msgspec.structs.fields(section)
         if float in (field.type, *get_args(field.type))
     ]
@@ -403,7 +412,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_every_key_is_described() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
-    keys = {name for section in SECTIONS for name in section.__struct_fields__}
+    keys = {name for _, section in sections(ServiceConfig) for name in section.__struct_fields__}
     assert [key for key in sorted(keys) if f"`{key}`" not in text] == []
 
 

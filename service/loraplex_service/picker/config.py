@@ -72,7 +72,7 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 def load_picker_config(file: Path) -> PickerConfig:
     """Read a file. Raises ConfigError naming everything at fault."""
     fields, problems = read_yaml(file, needed="replicas")
-    shape = Shape({name for section in (PickerConfig, ReplicasConfig) for name in section.__struct_fields__})
+    shape = Shape(PickerConfig)
     fields = shape.pruned(fields, PickerConfig)
     problems = [*problems, *shape.mistakes]
     if not problems:
