@@ -37,6 +37,7 @@ from loraplex_kernels.triton.lora_table import (
 from loraplex_kernels.triton.primitives import LEAST_STEP, PROGRAMS_EACH, dot, locate_work, room_for_ranges
 
 C_STEP_BYTES = 256  # of the input features that shrink takes at a time
+R_STEP_BYTES = 64  # of the ranks that expand takes at a time: more of float32 do not fit into registers
 BLOCK_N = 128
 SCALED_BLOCK_N = 64
 MAX_SPLITS = 16  # of the input features of a tile
@@ -311,7 +312,7 @@ def segmented_lora(
         table.capacity,
         BLOCK_G=block_g,
         BLOCK_M=block_m,
-        BLOCK_R=min(32, table.slice_capacity),
+        BLOCK_R=min(R_STEP_BYTES // x.element_size(), table.slice_capacity),
         BLOCK_N=BLOCK_N,
         num_warps=num_warps,
         num_stages=1,  # a rank is a step or two: nothing to run ahead of
