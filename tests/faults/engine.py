@@ -11,6 +11,7 @@ import threading
 from asyncio.subprocess import PIPE
 from pathlib import Path
 from typing import Final
+from unittest.mock import patch
 
 import msgspec
 
@@ -127,8 +128,8 @@ def main() -> None:
         return core
 
     LossyBus.fuse = fuse
-    entry.load_core = load_and_sabotage
-    entry.EngineBus = LossyBus  # type: ignore[attr-defined]  # the module imports it for itself
+    patch.object(entry, "load_core", load_and_sabotage).start()
+    patch.object(entry, "EngineBus", LossyBus).start()
     entry.main()
 
 

@@ -7,9 +7,11 @@ import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 from loraplex_service import cli
 from loraplex_service.app import running
+from loraplex_service.commands import servers
 from loraplex_service.requests import inference
 from loraplex_service.requests.run import Run
 from tests.faults.engine import LEAK_BYTES, Fuse, engines_with
@@ -31,8 +33,9 @@ class LeakingRun(Run):
 def main() -> None:
     fuse = Path(sys.argv.pop(1))
     LeakingRun.fuse = Fuse(fuse)
-    inference.Run = LeakingRun  # type: ignore[assignment, attr-defined]  # the module imports it for itself
-    cli.running = partial(running, launch_for=engines_with(fuse))  # type: ignore[attr-defined]
+    # Each module imports its name for itself. Unlike an assignment, this ends where a module has no such name.
+    patch.object(inference, "Run", LeakingRun).start()
+    patch.object(servers, "running", partial(running, launch_for=engines_with(fuse))).start()
     cli.main()
 
 
