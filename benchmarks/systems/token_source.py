@@ -23,6 +23,8 @@ from loraplex_engine.link.messages import (
     RequestOutput,
     SetVocabulary,
     StepOutput,
+    UploadEnded,
+    UploadGrew,
     WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason
@@ -71,6 +73,9 @@ class TokenSource:
 
     def want_adapter(self, wish: WantAdapter) -> None:
         raise ValueError("a token source has no adapters")
+
+    def note_upload(self, news: UploadGrew | UploadEnded) -> None:
+        """Without adapters there is nothing to read ahead."""
 
     def has_work(self) -> bool:
         return bool(self._left)

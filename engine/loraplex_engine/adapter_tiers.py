@@ -34,7 +34,7 @@ class AdapterTiers:
         self._orders[key] = wish.order
         self._changed[key] = None
         if wish.path:
-            self._store.register(key, Path(wish.path), wish.is_hashed, wish.ahead)
+            self._store.register(key, Path(wish.path), wish.is_hashed, wish.ahead, wish.upload)
         elif not wish.ahead:
             self._store.hurry(key)
         if not wish.pinned and self._pool.is_pinned(key):

@@ -43,6 +43,8 @@ from loraplex_engine.link.messages import (
     RequestOutput,
     SetVocabulary,
     StepOutput,
+    UploadEnded,
+    UploadGrew,
     WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason
@@ -218,6 +220,13 @@ class EngineCore:
         if wish.most is not Residency.DEVICE:
             self._not_finite.discard(wish.key)
         self.adapters.want(wish)
+
+    def note_upload(self, news: UploadGrew | UploadEnded) -> None:
+        """Read ahead what an upload brings, in threads, or forget it."""
+        if isinstance(news, UploadGrew):
+            self.store.receive(news.upload, Path(news.path), news.size_bytes, news.num_bytes)
+        else:
+            self.store.stop_receiving(news.upload)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 

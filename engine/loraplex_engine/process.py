@@ -33,6 +33,8 @@ from loraplex_engine.link.messages import (
     Shutdown,
     StepOutput,
     ToEngine,
+    UploadEnded,
+    UploadGrew,
     WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason
@@ -56,6 +58,8 @@ class Core(Protocol):
     def abort(self, request_ids: Sequence[int]) -> None: ...
 
     def want_adapter(self, wish: WantAdapter) -> None: ...
+
+    def note_upload(self, news: UploadGrew | UploadEnded) -> None: ...
 
     def has_work(self) -> bool:
         """Whether `step` would do or report anything, now or once another thread has finished."""
@@ -135,6 +139,11 @@ def handle(core: Core, message: ToEngine | BadRequest) -> FromEngine | None:
                 logger.exception("adapter %s could not be taken", key)
                 failed = AdapterStatus(key, order, Residency.DISK, problems=[str(error)], reason=INVALID)
                 return AdaptersChanged([failed])
+        case UploadGrew() | UploadEnded():
+            try:
+                core.note_upload(message)
+            except Exception:  # it is read when it is whole
+                logger.exception("upload %d could not be followed", message.upload)
         case Ping(nonce=nonce):
             return Pong(nonce, core.beat())
     return None

@@ -28,7 +28,9 @@ class FakeStore:
         self.moved: set[AdapterKey] = set()
         self.finished: list[FinishedLoad] = []
 
-    def register(self, key: AdapterKey, path: Path, is_hashed: bool = False, ahead: bool = False) -> None:
+    def register(
+        self, key: AdapterKey, path: Path, is_hashed: bool = False, ahead: bool = False, upload: int = 0
+    ) -> None:
         self.known.add(key)
         self.moved.add(key)
 

@@ -86,7 +86,9 @@ class FakeAdapters:
         self.used_bytes = 0
         self.pace = Pace(1.0)
 
-    def register(self, key: AdapterKey, path: Path, is_hashed: bool = False, ahead: bool = False) -> None:
+    def register(
+        self, key: AdapterKey, path: Path, is_hashed: bool = False, ahead: bool = False, upload: int = 0
+    ) -> None:
         self.known.add(key)
 
     def hurry(self, key: AdapterKey) -> None:

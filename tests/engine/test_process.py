@@ -39,6 +39,8 @@ from loraplex_engine.link.messages import (
     Shutdown,
     StepOutput,
     ToEngine,
+    UploadEnded,
+    UploadGrew,
     WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
@@ -60,6 +62,7 @@ class FakeCore:
         self.idle_steps_left = 0
         self.step_error: Exception | None = None
         self.closed = False
+        self.uploads_ended: list[int] = []
 
     def add(self, message: AddRequest) -> None:
         if not message.prompt_token_ids:
@@ -81,6 +84,11 @@ class FakeCore:
             raise ValueError("no path")
         self.idle_steps_left = 2  # read by a thread of its own, as it were
         self.events.append(AdaptersChanged([AdapterStatus(wish.key, wish.order, Residency.HOST)]))
+
+    def note_upload(self, news: UploadGrew | UploadEnded) -> None:
+        if isinstance(news, UploadGrew):
+            raise RuntimeError("can't start new thread")
+        self.uploads_ended.append(news.upload)
 
     def has_work(self) -> bool:
         return bool(self.requests or self.events)
@@ -316,6 +324,12 @@ def test_an_adapter_is_dropped_on_demand(ready: Engine, peer: Peer, core: FakeCo
     peer.send(WantAdapter(KEY, 1, least=Residency.DISK, most=Residency.DISK), Ping(1))
     peer.receive()
     assert core.unloaded == [KEY]
+
+
+def test_an_upload_that_cannot_be_followed_is_left_alone(ready: Engine, peer: Peer, core: FakeCore) -> None:
+    peer.send(UploadGrew(1, "/incoming/x", 100, 50), UploadEnded(1), Ping(1))
+    assert isinstance(peer.receive(), Pong)
+    assert core.uploads_ended == [1]
 
 
 def test_a_step_that_raises_ends_the_process(core: FakeCore, peer: Peer, address: str) -> None:

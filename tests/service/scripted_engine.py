@@ -38,6 +38,8 @@ from loraplex_engine.link.messages import (
     SetVocabulary,
     StepOutput,
     ToEngine,
+    UploadEnded,
+    UploadGrew,
     WantAdapter,
 )
 from loraplex_engine.link.sampling_params import FinishReason
@@ -84,6 +86,7 @@ class ScriptedCore:
         self._wishes: dict[AdapterKey, WantAdapter] = {}
         self.wishes: list[WantAdapter] = []  # all of them, for tests
         self._moved: set[AdapterKey] = set()
+        self.uploads: list[UploadGrew | UploadEnded] = []  # all news of them, for tests
 
     def add(self, message: AddRequest) -> None:
         self.requests[message.request_id] = message
@@ -106,6 +109,9 @@ class ScriptedCore:
         unread = self._wishes.pop(wish.key, wish)
         self._wishes[wish.key] = msgspec.structs.replace(wish, path=wish.path or unread.path)
         self._orders[wish.key] = wish.order
+
+    def note_upload(self, news: UploadGrew | UploadEnded) -> None:
+        self.uploads.append(news)
 
     def has_work(self) -> bool:
         return bool(self.requests or self._wishes or self._moved)

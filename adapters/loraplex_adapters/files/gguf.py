@@ -13,9 +13,10 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedIOBase
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
 SUFFIX = ".gguf"
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
@@ -121,7 +122,7 @@ def hub_parts(model: str) -> tuple[str, str | None]:
     return (f"{owner}/{name}", file) if FILE_OF_REPOSITORY.fullmatch(file) else (model, None)
 
 
-def read_gguf(file: BinaryIO) -> GGUFHeader:
+def read_gguf(file: BufferedIOBase) -> GGUFHeader:
     """Read and check the header of an open file. Raises GGUFError."""
     header = _Header(file)
     version, num_tensors, num_entries = header.start()
@@ -172,7 +173,7 @@ def _check_apart(tensors: Mapping[str, GGUFTensor]) -> None:
 class _Header:
     """Reads an open file from its beginning on, never further than it goes."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BufferedIOBase) -> None:
         self.file_bytes = file.seek(0, os.SEEK_END)
         self._left = min(self.file_bytes, MAX_HEADER_BYTES)
         self._items_left = MAX_ITEMS

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from io import BufferedIOBase
 
 from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.files.config import MAX_INVOCATION_TOKENS, LoRAConfig
@@ -38,7 +38,7 @@ class _Modules:
         return module in self.names
 
 
-def read_lora(file: BinaryIO) -> tuple[LoRAConfig, Header]:
+def read_lora(file: BufferedIOBase) -> tuple[LoRAConfig, Header]:
     """The settings and the tensors, by PEFT's names and from the file's beginning on.
 
     Raises AdapterRejected naming what is wrong, or is no linear of a decoder.

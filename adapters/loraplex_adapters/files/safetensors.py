@@ -10,7 +10,8 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import BinaryIO, NoReturn
+from io import BufferedIOBase
+from typing import NoReturn
 
 import msgspec
 
@@ -36,14 +37,14 @@ class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A header whose tensors tile the data exactly: no gaps, no overlaps, nothing after."""
+    """A header, no two of whose tensors have a byte in common; in safetensors they tile the data, without gaps."""
 
     tensors: Mapping[str, TensorEntry]
     data_start: int  # offset of the data in the file
     data_bytes: int
 
 
-def read_header(file: BinaryIO) -> Header:
+def read_header(file: BufferedIOBase) -> Header:
     """Read and check the header of an open file. Raises AdapterRejected saying what is wrong with it."""
     file_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)

@@ -13,9 +13,8 @@ import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from loraplex_adapters.errors import AdapterRejected, SourceNotAllowed
 from loraplex_adapters.files.config import MAX_CONFIG_BYTES, LoRAConfig, parse_config
@@ -159,7 +158,7 @@ def weights_file(directory: Path) -> Path:
     return directory / required_files(directory)[-1]
 
 
-def read_settings(config: bytes | None, file: BinaryIO) -> tuple[LoRAConfig, Header]:
+def read_settings(config: bytes | None, file: BufferedIOBase) -> tuple[LoRAConfig, Header]:
     """What the config's bytes, if there is one, and the header of the weights say. Raises AdapterRejected."""
     return read_lora(file) if config is None else (parse_config(config), read_header(file))
 

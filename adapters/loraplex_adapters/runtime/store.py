@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
-import sys
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +15,11 @@ from pathlib import Path
 import torch
 
 from loraplex_adapters.errors import COLD, INVALID, TOO_LARGE, UNREADABLE, AdapterRejected
+from loraplex_adapters.files.growing import Growth
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.pace import Pace
+from loraplex_adapters.runtime.arrivals import Arrivals
+from loraplex_adapters.runtime.loader_threads import begin_loader
 from loraplex_adapters.runtime.mirror import NO_MIRROR, Mirror
 from loraplex_adapters.runtime.targets import LoraTarget
 from loraplex_adapters.runtime.weights import LoadedAdapter, load_adapter, load_composition
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 FIRST_BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 60.0
 MAX_FAILED_COMPOSITIONS = 64
-LOADER_NICENESS = 5  # a quarter of a core beside a busy thread, all of an idle one
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,44 +50,12 @@ class _Source:
     paths: tuple[Path, ...]
     loading: bool = False
     is_hashed: bool = False  # the next load need not make the digest: whoever has just written the files did
+    arriving: Future[LoadedAdapter] | None = None  # what the next load takes instead of reading
     problems: list[str] = field(default_factory=list)  # of the last load, if it failed
     reason: str = INVALID
     num_failures: int = 0
     retry_at: float = 0.0  # by the clock: until then the problems are the answer
     nbytes: int = 0  # in host memory; 0 until it was loaded once
-
-
-def compute_alone(default: int) -> None:
-    """Make torch use no other threads for the work of this thread. New threads still get `default` threads.
-
-    Many small operations that each wait for a team of threads, beside a step that keeps all cores busy, took 46 s
-    where one thread alone took 0.6 s (84 MB adapter, 2 cores, both busy). Torch keeps the number per thread, but a
-    thread that is new to it starts with the number that was last set in any thread: hence the second thread.
-    """
-    torch.get_num_threads()  # from now on this thread has a number of its own
-    torch.set_num_threads(1)
-    restore = threading.Thread(target=torch.set_num_threads, args=(default,))
-    restore.start()
-    restore.join()
-
-
-def give_way() -> None:
-    """Lower this thread's priority below the step's threads, on Linux, where each thread has its own niceness.
-
-    A step waits for the slowest of its threads: one that shares its core with a loader holds up all requests. Beside
-    loads without a pause the median step took 42 % longer at niceness 0 and 11 % at 10, at half of the loads
-    (llama-160m, 2 cores, one run). The pace holds loads to less. At 15, a few per cent of a busy core, they did not
-    get what it allows, and took twice as long. Elsewhere niceness is the whole process's, and the loaders keep it.
-    """
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, max(LOADER_NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
-
-
-def begin_loader(default_threads: int) -> None:
-    """Make this thread one that reads adapters."""
-    compute_alone(default_threads)
-    give_way()
 
 
 def rejection(key: AdapterKey, paths: Sequence[Path], error: Exception) -> AdapterRejected:
@@ -129,9 +96,10 @@ class AdapterStore:
         self._mirror = mirror
         self._num_threads = num_threads
         self.pace = Pace(load_share)
-        self._executor = executor or ThreadPoolExecutor(
-            num_threads, "adapter-loader", initializer=begin_loader, initargs=(torch.get_num_threads(),)
-        )
+        begin = {"initializer": begin_loader, "initargs": (torch.get_num_threads(),)}
+        loaders = partial(ThreadPoolExecutor, num_threads, **begin)
+        self._executor = executor or loaders("adapter-loader")
+        self._arrivals = Arrivals(self._read_arriving, loaders("adapter-arrival"))
         self._finished: queue.SimpleQueue[tuple[_Source, FinishedLoad]] = queue.SimpleQueue()
         self._sources: dict[AdapterKey, _Source] = {}
         self._loaded: OrderedDict[AdapterKey, LoadedAdapter] = OrderedDict()  # least recently used first
@@ -148,25 +116,45 @@ class AdapterStore:
 
     def close(self) -> None:
         """Stop the threads once they have finished what they are reading."""
+        self._arrivals.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     # ---- what exists -----------------------------------------------------------------------------------------------
 
-    def register(self, key: AdapterKey, path: Path, is_hashed: bool = False, ahead: bool = False) -> None:
+    def register(
+        self, key: AdapterKey, path: Path, is_hashed: bool = False, ahead: bool = False, upload: int = 0
+    ) -> None:
         """Register an adapter and read it into memory. `poll` reports the outcome, each time anew.
 
         is_hashed: the files have the key's digest; what is read again later is checked. ahead: nobody waits for it.
+        upload: they are those of this number, whole by now; 0: of none.
         """
         source = self._sources.setdefault(key, _Source((path,)))
         source.paths, source.is_hashed = (path,), is_hashed
+        arriving = self._arrivals.take(upload)
         if key in self._loaded:
             self._num_in_flight += 1
             loaded = self._loaded[key]
             self._finished.put((source, FinishedLoad(key, loaded, number=loaded.number)))
         elif not source.loading:
+            source.arriving = arriving
             self._start(key, source, ahead)
         elif not ahead:
             self.hurry(key)
+
+    def receive(self, upload: int, path: Path, size: int, num_bytes: int) -> None:
+        """Read an adapter ahead while its weights, of `size` bytes, arrive in a directory: so many are there.
+
+        `register` makes use of it, if it comes to anything. Other ranks take what is whole alone.
+        """
+        if self._mirror is NO_MIRROR and size <= self._budget_bytes:
+            self._arrivals.note(upload, path, size, num_bytes)
+            self._set_pace()
+
+    def stop_receiving(self, upload: int) -> None:
+        """Forget an upload that nobody has registered, if there is one of this number."""
+        self._arrivals.drop(upload)
+        self._set_pace()
 
     def unregister(self, key: AdapterKey) -> None:
         """Forget an adapter; a load under way is dropped. An unknown key is not an error."""
@@ -226,7 +214,7 @@ class AdapterStore:
         if source is None or not source.loading:
             return
         self._awaited.add(key)
-        self.pace.hurry(True)
+        self._set_pace()
         if self._later.pop(key, None) is not None:
             self._begin(key, source)
 
@@ -277,12 +265,36 @@ class AdapterStore:
 
     def _end_wait(self, key: AdapterKey) -> None:
         self._awaited.discard(key)
-        self.pace.hurry(bool(self._awaited))
+        self._set_pace()
+
+    def _set_pace(self) -> None:
+        self.pace.hurry(bool(self._awaited or self._arrivals))  # whoever uploads waits
 
     def _begin(self, key: AdapterKey, source: _Source) -> None:
         is_hashed, source.is_hashed = source.is_hashed, False
+        arriving, source.arriving = source.arriving, None
         self._num_in_flight += 1
-        self._executor.submit(self._read, key, source, is_hashed, self._mirror.load(key, source.paths))
+        read = partial(self._read, key, source, is_hashed, self._mirror.load(key, source.paths))
+        if arriving is None:
+            self._executor.submit(read)
+        else:
+            arriving.add_done_callback(lambda ended: self._finish_arrival(key, source, ended, read))
+
+    def _finish_arrival(
+        self, key: AdapterKey, source: _Source, arriving: Future[LoadedAdapter], read: Callable[[], None]
+    ) -> None:
+        """Take what was read during the upload, in whatever thread; if that failed, read the files as any others."""
+        error = arriving.exception()
+        if error is None:
+            self._finished.put((source, FinishedLoad(key, replace(arriving.result(), key=key))))
+        else:
+            logger.info("adapter %s: could not be read while it came: %s", key, error)
+            self._executor.submit(read)
+
+    def _read_arriving(self, upload: int, path: Path, growth: Growth) -> LoadedAdapter:
+        """Read an upload, in a thread of uploads."""
+        key, rest = AdapterKey("upload", str(upload)), self.pace.begin()
+        return self._load(key, path, rest=rest, is_hashed=True, growth=growth)
 
     def _read(self, key: AdapterKey, source: _Source, is_hashed: bool, number: int) -> None:
         """Read an adapter, in a loader thread, as all ranks do."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from io import BufferedIOBase
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,9 +37,12 @@ class FileTensors(Mapping[str, Tensor]):
     So the first can be laid out for the kernels before the last are read, or have even come.
     """
 
-    def __init__(self, file: BufferedIOBase, header: Header, rest: Rest = no_rest, seen: Seen = unseen) -> None:
-        """Raises AdapterRejected for tensors that are no floats, or that lie over each other."""
+    def __init__(
+        self, file: BufferedIOBase, header: Header, adapter: str, rest: Rest = no_rest, seen: Seen = unseen
+    ) -> None:
+        """`adapter`: its name in errors. Raises AdapterRejected for tensors that are no floats."""
         self._file = file
+        self._adapter = adapter
         self._rest = rest
         self._seen = seen
         self._start = header.data_start
@@ -93,7 +95,7 @@ class FileTensors(Mapping[str, Tensor]):
         for start in range(0, len(content), PIECE_BYTES):
             piece = whole[start : start + PIECE_BYTES]
             if self._file.readinto(piece) != len(piece):
-                raise AdapterRejected(["the weights became shorter while they were read"])
+                raise AdapterRejected([f"adapter {self._adapter}: its weights became shorter while they were read"])
             self._seen(piece)
             self._position += len(piece)
             self._rest()
@@ -114,7 +116,4 @@ def _in_order(header: Header) -> list[tuple[str, int, int]]:
     if unsupported:
         raise AdapterRejected(unsupported)
     placed = sorted((*entry.data_offsets, name) for name, entry in header.tensors.items())
-    for (_, end, before), (begin, _, name) in pairwise(placed):
-        if begin < end:
-            raise AdapterRejected([f"{name}: its data begins at {begin}, within that of {before}"])
     return [(name, begin, end) for begin, end, name in placed]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loraplex_adapters.errors import AdapterRejected
 from loraplex_adapters.files.config import LoRAConfig
+from loraplex_adapters.files.growing import GrowingFile, Growth
 from loraplex_adapters.files.names import PEFT_PREFIX, base_module_candidates
 from loraplex_adapters.files.source import (
     begin_digest,
@@ -80,13 +81,15 @@ def load_adapter(
     rest: Rest = no_rest,
     is_hashed: bool = False,
     total: Total = own_total,
+    growth: Growth | None = None,
 ) -> LoadedAdapter:
     """Read an adapter, check that it is the version that `key` names, bind it and lay it out for the kernels.
 
-    is_hashed: that was checked. Raises AdapterRejected; OSError if the disk fails.
+    is_hashed: that was checked. growth: of weights that are still being written; None: they are whole. Raises
+    AdapterRejected; OSError if the disk fails.
     """
     layout = _Layout(pack, rest)
-    with _opened(key, directory, targets, rest, is_hashed) as (tensors, config):
+    with _opened(key, directory, targets, rest, is_hashed, growth) as (tensors, config):
         bound = bind(tensors, config, targets, dtype, max_rank, rest, total, layout.add)
     packed = layout.whole(bound)
     warnings = (*config.warnings, *bound.warnings)
@@ -120,17 +123,23 @@ def load_composition(
 
 @contextmanager
 def _opened(
-    key: AdapterKey, directory: Path, targets: Mapping[str, LoraTarget], rest: Rest, is_hashed: bool = False
+    key: AdapterKey,
+    directory: Path,
+    targets: Mapping[str, LoraTarget],
+    rest: Rest,
+    is_hashed: bool = False,
+    growth: Growth | None = None,
 ) -> Iterator[tuple[Mapping[str, Tensor], LoRAConfig]]:
     """The tensors, to be read within the block, and the config of the version that `key` names.
 
     The bytes that are checked are the bytes that are used: the file is read once.
     """
     config_bytes = read_config_bytes(directory)
-    with open_weights(directory) as file:
+    with open_weights(directory) as opened:
+        file = opened if growth is None else GrowingFile(opened, growth)
         config, header = read_settings(config_bytes, file)
         hasher = begin_digest(config_bytes)
-        tensors = FileTensors(file, header, rest, unseen if is_hashed else hasher.update)
+        tensors = FileTensors(file, header, str(key), rest, unseen if is_hashed else hasher.update)
         if not is_hashed:
             tensors.read_all()
             found = with_text(hasher.hexdigest(), text_digest(directory))

@@ -23,7 +23,7 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from loraplex_adapters.runtime.store import give_way
+from loraplex_adapters.runtime.loader_threads import give_way
 from loraplex_engine.execution.cache_identity import cache_identity
 from loraplex_engine.execution.host_cache import HostCache
 from loraplex_engine.execution.model_runner import ModelRunner

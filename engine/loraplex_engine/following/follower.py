@@ -14,7 +14,8 @@ import torch
 
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.runtime.layer import Site
-from loraplex_adapters.runtime.store import begin_loader, rejection
+from loraplex_adapters.runtime.loader_threads import begin_loader
+from loraplex_adapters.runtime.store import rejection
 from loraplex_adapters.runtime.weights import LoadedAdapter, load_adapter, load_composition
 from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.execution.device import free_bytes

@@ -14,6 +14,7 @@ from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
 from loraplex_engine.link.connection import Connection, new_answer, reject, resolve
 from loraplex_engine.link.messages import AdapterFacts, AdapterStatus, WantAdapter
+from loraplex_engine.link.uploads import FollowedUpload
 
 T = TypeVar("T")
 
@@ -143,6 +144,7 @@ class EngineAdapters:
         self._adapters: dict[AdapterKey, EngineAdapter] = {}
         self._waits: dict[AdapterKey, list[Wait[Any]]] = {}
         self._orders = itertools.count(1)
+        self._uploads = itertools.count(1)
 
     # ---- how adapters stand ------------------------------------------------------------------------------------------
 
@@ -185,13 +187,22 @@ class EngineAdapters:
 
     # ---- what callers ask for ----------------------------------------------------------------------------------------
 
+    def follow_upload(self, path: str, size_bytes: int) -> FollowedUpload:
+        """Have the engine read the weights that are being written to a directory, while they come."""
+        return FollowedUpload(self._connection, next(self._uploads), path, size_bytes)
+
     def start_loading(
-        self, key: AdapterKey, path: str, is_hashed: bool = False, ahead: bool = False
+        self,
+        key: AdapterKey,
+        path: str,
+        is_hashed: bool = False,
+        ahead: bool = False,
+        upload: FollowedUpload | None = None,
     ) -> "asyncio.Future[AdapterFacts]":
         """Have the engine read an adapter into host memory and bind it to the model, and do not wait.
 
         is_hashed: the files are known to have the key's digest. ahead: nobody waits for it, so that it takes less of
-        the cores, and its turn behind others.
+        the cores, and its turn behind others. upload: has brought the files, and is whole.
 
         Callers that ask for the same adapter at the same time share the load. It ends with AdapterRejected or the error
         with which the engine ended, which need not be looked at.
@@ -199,7 +210,9 @@ class EngineAdapters:
         adapter = self._adapter(key)
         if not ahead:
             self._hurry(key)
-        read = adapter.read or self._read(key, path, max(Residency.HOST, adapter.wish.least), is_hashed, ahead)
+        number = upload.number if upload is not None and upload.connection is self._connection else 0
+        least = max(Residency.HOST, adapter.wish.least)
+        read = adapter.read or self._read(key, path, least, is_hashed=is_hashed, ahead=ahead, upload=number)
         return self.until(key, lambda adapter: adapter.has_been_read(read.order))
 
     async def load(self, key: AdapterKey, path: str) -> AdapterFacts:
@@ -299,7 +312,7 @@ class EngineAdapters:
         adapter = self._adapter(key)
         order = next(self._orders)
         adapter.wish = msgspec.structs.replace(
-            adapter.wish, **({"path": "", "is_hashed": False} | changes | {"order": order})
+            adapter.wish, **({"path": "", "is_hashed": False, "upload": 0} | changes | {"order": order})
         )
         if adapter.wish.most is not Residency.DEVICE:
             adapter.refused = None
@@ -312,8 +325,8 @@ class EngineAdapters:
         if self._adapters[key].wish.ahead:
             self._want(key, ahead=False)
 
-    def _read(self, key: AdapterKey, path: str, least: Residency, is_hashed: bool = False, ahead: bool = False) -> Read:
-        order = self._want(key, path=path, is_hashed=is_hashed, least=least, most=Residency.DEVICE, ahead=ahead)
+    def _read(self, key: AdapterKey, path: str, least: Residency, **more: Any) -> Read:
+        order = self._want(key, path=path, least=least, most=Residency.DEVICE, **more)
         adapter = self._adapters[key]
         adapter.read = adapter.read or Read(order, asyncio.get_running_loop().time())
         return adapter.read

@@ -102,6 +102,22 @@ class WantAdapter(Message, frozen=True):
     pinned: bool = False  # brought to the device, and kept there
     is_hashed: bool = False  # the files at `path` are known to have the key's digest: it need not be made again
     ahead: bool = False  # nobody waits for the adapter yet: others come before it
+    upload: int = 0  # that has brought the files, whole by now, to be read in part already; 0: none
+
+
+class UploadGrew(Message, frozen=True):
+    """So much of an adapter's weights is there, for the engine to read them while they come. It need not: no answer."""
+
+    upload: int  # its number; at least 1
+    path: str  # directory, in which the config is whole
+    size_bytes: int  # of the weights
+    num_bytes: int  # of which these are there
+
+
+class UploadEnded(Message, frozen=True):
+    """No more of an upload comes. What was read of it is forgotten, unless a `WantAdapter` has named it before."""
+
+    upload: int
 
 
 class Ping(Message, frozen=True):
@@ -114,7 +130,7 @@ class Shutdown(Message, frozen=True):
     """Leave the loop and exit with status 0. Running requests end without an answer: drain first."""
 
 
-ToEngine = LoadOn | AddRequest | SetVocabulary | Abort | WantAdapter | Ping | Shutdown
+ToEngine = LoadOn | AddRequest | SetVocabulary | Abort | WantAdapter | UploadGrew | UploadEnded | Ping | Shutdown
 
 
 # ---- engine → service ----------------------------------------------------------------------------------------------

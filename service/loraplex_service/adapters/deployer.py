@@ -7,9 +7,10 @@ leaves the engine's memory; a deleted version goes once no request uses it.
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 from loraplex_adapters.errors import COLD, UNREADABLE, AdapterConflict, AdapterNotFound, AdapterRejected
 from loraplex_adapters.files.source import AdapterDescription
@@ -20,10 +21,13 @@ from loraplex_adapters.residency import Residency
 from loraplex_adapters.versions import AdapterInfo, AdapterState, AdapterVersion, full_name
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.messages import AdapterFacts
+from loraplex_engine.link.uploads import FollowedUpload
 from loraplex_service.adapters.background import BackgroundWork
 from loraplex_service.adapters.library import AdapterFiles, AdapterLibrary
+from loraplex_service.adapters.reading_ahead import ReadingAhead
 from loraplex_service.adapters.records import AdapterRecords
 from loraplex_service.adapters.texts import AdapterTexts
+from loraplex_service.admission.tenants import Tenant
 from loraplex_service.errors import FailedPrecondition, LoraplexError, Unavailable
 from loraplex_service.models.host import HostedModel, ModelHost
 from loraplex_service.telemetry.series import Histogram
@@ -67,6 +71,21 @@ class AdapterDeployer:
         """The directory of a version's files, for its engine to read."""
         return str(self._library.directory(version))
 
+    @contextmanager
+    def reading_ahead(self, tenant: Tenant, base_model: str, directory: Path) -> Iterator[ReadingAhead]:
+        """Have the engine of a model read an upload while it comes. What was read is dropped after the block, unless
+        `introduce` or `validate` was given it.
+
+        For a tenant that accepts listed or signed files alone, nothing is read before they have been found to be such.
+        """
+        model = self._models.find(base_model)
+        client = None if model is None or tenant.config.trusts_some_alone else model.client
+        ahead = ReadingAhead(None if client is None else client.adapters, directory)
+        try:
+            yield ahead
+        finally:
+            ahead.end()
+
     async def validate(self, tenant: str, adapter_id: str, base_model: str, files: AdapterFiles) -> AdapterInfo:
         """Have the model's engine read and bind an adapter that is not registered, and forget it again.
 
@@ -79,7 +98,8 @@ class AdapterDeployer:
         model = self._models.serving(base_model)
         key = AdapterKey(f"{tenant}/{adapter_id}", files.digest)
         try:
-            loaded = await model.client.adapters.start_loading(key, str(files.directory), files.hashed)
+            directory, upload = str(files.directory), files.upload
+            loaded = await model.client.adapters.start_loading(key, directory, files.hashed, upload=upload)
         except AdapterRejected as error:
             raise FailedPrecondition(error.reason, str(error)) from error
         if not self._is_registered(key):
@@ -97,7 +117,7 @@ class AdapterDeployer:
         self._descriptions[version.key] = files.description
         client = self._client(version)
         if client is not None:  # else when the model is loaded
-            self._deploy(client, version, files.hashed)
+            self._deploy(client, version, files.hashed, upload=files.upload)
 
     def load(self, version: AdapterVersion, residency: Residency = Residency.HOST) -> "asyncio.Task[None]":
         """Begin to bring a version into the memory of its engine, or on to the device.
@@ -152,12 +172,17 @@ class AdapterDeployer:
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _deploy(
-        self, client: EngineClient, version: AdapterVersion, is_hashed: bool = False, ahead: bool = False
+        self,
+        client: EngineClient,
+        version: AdapterVersion,
+        is_hashed: bool = False,
+        ahead: bool = False,
+        upload: FollowedUpload | None = None,
     ) -> "asyncio.Task[None]":
         """Send the load to the engine now, so that later messages find the adapter registered; take the answer
         later.
         """
-        loading = client.adapters.start_loading(version.key, self.directory(version), is_hashed, ahead)
+        loading = client.adapters.start_loading(version.key, self.directory(version), is_hashed, ahead, upload)
         return self._work.begin(self._take_answer(version.key, loading))
 
     async def _take_answer(self, key: AdapterKey, loading: "asyncio.Future[AdapterFacts]") -> None:

@@ -23,6 +23,7 @@ from loraplex_adapters.files.source import (
 )
 from loraplex_adapters.files.trust import SIGNATURE_FILE, is_trusted
 from loraplex_adapters.versions import AdapterVersion
+from loraplex_engine.link.uploads import FollowedUpload
 from loraplex_service.admission.tenants import Tenant
 from loraplex_service.errors import FailedPrecondition, PermissionDenied, Unavailable
 from loraplex_service.state import RETRY_SECONDS
@@ -49,6 +50,7 @@ class AdapterFiles:
     fingerprint: str = ""
     gathered: bool = False  # by the server itself: `keep` moves them to where they stay
     hashed: bool = False  # the digest is that of the bytes as they came, which nobody else could change since
+    upload: FollowedUpload | None = None  # by which an engine has begun to read them
 
 
 class AdapterLibrary:
@@ -119,7 +121,7 @@ class AdapterLibrary:
     async def check_trust(self, tenant: Tenant, digest: str, directory: Path) -> None:
         """Raise PermissionDenied (ADAPTER_UNTRUSTED) if the tenant does not accept files with this digest."""
         config = tenant.config
-        if not config.adapter_digests and not config.adapter_keys:
+        if not config.trusts_some_alone:
             return
         digests = {listed.removeprefix("sha256:") for listed in config.adapter_digests}
         keys = [Path(file) for file in config.adapter_keys]

@@ -43,6 +43,11 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     adapter_keys: tuple[str, ...] = ()  # or signed with one of these Ed25519 public keys: PEM files
     cache_group: str | None = None  # tenants with the same group share cached prefixes; None: with no other tenant
 
+    @property
+    def trusts_some_alone(self) -> bool:
+        """Whether only listed or signed adapters are accepted."""
+        return bool(self.adapter_digests or self.adapter_keys)
+
     def problems(self) -> Iterator[str]:
         """Describe every value that is out of range; the general checks of numbers are made elsewhere."""
         if not LIGHTEST <= self.weight <= HEAVIEST:

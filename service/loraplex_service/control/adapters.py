@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -151,11 +152,15 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         async def upload() -> Adapter:
             tenant = tenant_id(header.parent, "header.parent")
             assert tenant is not None, "tenants/- is refused before"
+            base_model = model_id(header.adapter.base_model, "header.adapter.base_model")
             with self._quota.upload(tenant) as incoming:
                 announce = partial(self._quota.announce, incoming)
                 async with self._library.gather() as gathering:
-                    await receive_files(request_iterator, gathering, self._max_upload_bytes, announce)
-                    return await self._register(header, await gathering.check("upload"), incoming)
+                    directory, most = gathering.directory, self._max_upload_bytes
+                    with self._deployer.reading_ahead(self._tenants.get(tenant), base_model, directory) as ahead:
+                        await receive_files(request_iterator, gathering, most, announce, ahead.written)
+                        files = replace(await gathering.check("upload"), upload=ahead.upload)
+                        return await self._register(header, files, incoming)
 
         return await self._once.run("UploadAdapter", header.request_id, upload)
 

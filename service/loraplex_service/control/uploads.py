@@ -9,6 +9,9 @@ from loraplex_adapters.files.trust import MAX_SIGNATURE_BYTES, SIGNATURE_FILE
 from loraplex_service.adapters.library import Gathering
 from loraplex_service.errors import InvalidRequest
 
+# Is told the name and the size of a file of which more is written, and how many of its bytes are there.
+Written = Callable[[str, int, int], None]
+
 
 async def upload_header(messages: AsyncIterator[UploadAdapterRequest]) -> CreateAdapterRequest:
     """Return the header, the first message. Raises InvalidRequest if that is something else."""
@@ -24,6 +27,7 @@ async def receive_files(
     gathering: Gathering,
     max_bytes: int,
     announce: Callable[[int], None],
+    written: Written = lambda name, size, num_bytes: None,
 ) -> None:
     """Write the files of the stream until it ends. `announce` is called with each file's size before it is written.
 
@@ -39,6 +43,7 @@ async def receive_files(
             case "chunk":
                 files.take(len(message.chunk))
                 await gathering.append(files.name, message.chunk)
+                written(files.name, files.size_bytes, files.num_bytes)
             case _:
                 raise InvalidRequest.at("payload", "after the header come files and their chunks alone")
     files.end()
@@ -49,6 +54,7 @@ class _Files:
 
     def __init__(self, max_bytes: int) -> None:
         self.name = ""
+        self.size_bytes = 0
         self._missing_bytes = 0
         self._left_bytes = max_bytes
         self._limits = {
@@ -57,6 +63,11 @@ class _Files:
             SIGNATURE_FILE: MAX_SIGNATURE_BYTES,
             **TEXT_FILES,
         }
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the file, received so far."""
+        return self.size_bytes - self._missing_bytes
 
     def begin(self, file: UploadFile) -> None:
         self._check_whole()
@@ -67,7 +78,7 @@ class _Files:
         if not 0 < file.size_bytes <= limit:
             raise InvalidRequest.at("file.size_bytes", f"{file.name}: must be from 1 to {limit}, is {file.size_bytes}")
         self.name = file.name
-        self._missing_bytes = file.size_bytes
+        self.size_bytes = self._missing_bytes = file.size_bytes
         self._left_bytes -= file.size_bytes
 
     def take(self, num_bytes: int) -> None:

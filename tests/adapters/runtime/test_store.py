@@ -1,6 +1,3 @@
-import os
-import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
@@ -14,7 +11,7 @@ from loraplex_adapters.errors import UNREADABLE, AdapterRejected
 from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.pace import Pace
 from loraplex_adapters.runtime.mirror import NO_MIRROR, Mirror, NoMirror, OtherLoads
-from loraplex_adapters.runtime.store import LOADER_NICENESS, AdapterStore, compute_alone, give_way
+from loraplex_adapters.runtime.store import AdapterStore
 from loraplex_adapters.runtime.targets import LoraTarget
 
 AdapterMaker = Callable[..., Path]
@@ -431,38 +428,3 @@ def test_threads_of_its_own_read_in_the_background(
         found.update(finished.key for finished in store.poll() if finished.loaded)
     assert found == {key_of(directory) for directory in directories}
     store.close()
-
-
-def test_a_loader_thread_computes_alone_and_leaves_others_as_they_were() -> None:
-    def in_thread(call: Callable[[], object]) -> None:
-        thread = threading.Thread(target=call)
-        thread.start()
-        thread.join()
-
-    default, seen = torch.get_num_threads(), []
-
-    def loader() -> None:
-        compute_alone(3)
-        torch.ones(1 << 16).sum()
-        seen.append(torch.get_num_threads())
-
-    in_thread(loader)
-    in_thread(lambda: seen.append(torch.get_num_threads()))
-    in_thread(lambda: torch.set_num_threads(default))
-    assert seen == [1, 3]
-    assert torch.get_num_threads() == default
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a niceness of its own on Linux only")
-def test_a_loader_leaves_the_cores_to_the_step_and_nobody_else_does() -> None:
-    before, seen = os.getpriority(os.PRIO_PROCESS, 0), []
-
-    def loader() -> None:
-        give_way()
-        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-
-    thread = threading.Thread(target=loader)
-    thread.start()
-    thread.join()
-    assert seen == [max(LOADER_NICENESS, before)]
-    assert os.getpriority(os.PRIO_PROCESS, 0) == before

@@ -39,6 +39,8 @@ from loraplex_engine.link.messages import (
     SetVocabulary,
     Shutdown,
     ToEngine,
+    UploadEnded,
+    UploadGrew,
     WantAdapter,
 )
 from loraplex_engine.link.sampling_params import SamplingParams
@@ -50,6 +52,8 @@ TO_ENGINE: list[ToEngine] = [
     Abort([1, 2]),
     WantAdapter(KEY, 1, "/adapters/pirate"),
     WantAdapter(KEY, 2, least=Residency.DISK, most=Residency.DISK),
+    UploadGrew(1, "/incoming/x", 1 << 20, 4096),
+    UploadEnded(1),
     SetVocabulary([b"a", b"", b"\xff"]),
     Ping(9),
     Shutdown(),

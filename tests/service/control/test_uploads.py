@@ -14,6 +14,7 @@ from loraplex.operations.base import Upload
 from loraplex.v1.adapters_pb2 import Adapter, CreateAdapterRequest, UploadAdapterRequest, UploadFile
 from loraplex.v1.adapters_pb2_grpc import AdapterServiceStub
 from loraplex_adapters.files.source import CONFIG_FILE, WEIGHTS_FILE, digest
+from loraplex_engine.link.messages import UploadEnded, UploadGrew
 from loraplex_service.admission.tenants import TenantConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
@@ -131,6 +132,74 @@ async def test_a_stream_that_is_no_upload_is_refused_and_leaves_nothing(
     with pytest.raises(InvalidArgument, match=problem):
         await send(control, *messages)
     assert kept(control) == []
+
+
+# ---- uploads that an engine reads while they come --------------------------------------------------------------------
+
+
+def named(control: ControlPlane) -> list[int]:
+    """The uploads by which the engine was told to read adapters."""
+    return [wish.upload for wish in control.core().wishes if wish.path]
+
+
+def ended(control: ControlPlane) -> list[int]:
+    """The uploads of which the engine was told that they have ended."""
+    return [news.upload for news in control.core().uploads if isinstance(news, UploadEnded)]
+
+
+async def test_an_engine_follows_an_upload_and_is_told_which_adapter_it_has_brought(
+    control: ControlPlane, tmp_path: Path
+) -> None:
+    files = write_adapter(tmp_path / "mine")
+    await control.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=20.0)
+    await until(lambda: ended(control) == [1])
+    *grown, _ = control.core().uploads
+    size = (files / WEIGHTS_FILE).stat().st_size
+    assert [(news.upload, news.size_bytes, news.num_bytes) for news in grown if isinstance(news, UploadGrew)] == [
+        (1, size, size)
+    ]
+    assert named(control) == [1]
+
+
+async def test_what_is_validated_alone_is_read_while_it_comes(control: ControlPlane, tmp_path: Path) -> None:
+    files = write_adapter(tmp_path / "mine")
+    await control.admin.upload_adapter("mine", base_model="tiny", directory=files, validate_only=True)
+    assert named(control) == [1]
+
+
+async def test_weights_that_come_before_their_config_are_read_when_they_are_whole(
+    control: ControlPlane, tmp_path: Path
+) -> None:
+    files = write_adapter(tmp_path / "mine")
+    contents = [(name, (files / name).read_bytes()) for name in (WEIGHTS_FILE, CONFIG_FILE)]
+    await send(
+        control, HEADER, *(each for name, content in contents for each in (begin(name, len(content)), chunk(content)))
+    )
+    assert (named(control), control.core().uploads) == ([0], [])
+
+
+async def test_an_engine_forgets_an_upload_that_is_not_what_was_said(control: ControlPlane, tmp_path: Path) -> None:
+    files = write_adapter(tmp_path / "mine")
+    with pytest.raises(InvalidArgument, match="the files have another one"):
+        await control.admin.upload_adapter("mine", base_model="tiny", directory=files, digest="sha256:" + "0" * 64)
+    await until(lambda: ended(control) == [1])
+    assert named(control) == []
+
+
+async def test_an_engine_forgets_an_upload_that_is_cancelled(control: ControlPlane) -> None:
+    async with grpc.aio.insecure_channel(control.addresses.admin) as channel:
+        upload = Begun(channel, *BEGUN)
+        await until(lambda: len(control.core().uploads) == 1)
+        upload.call.cancel()
+        await until(lambda: ended(control) == [1])
+
+
+async def test_no_engine_reads_what_is_not_known_to_be_trusted(byte_tokenizer_directory: Path, tmp_path: Path) -> None:
+    files = write_adapter(tmp_path / "mine")
+    tenants = {"shared": TenantConfig(adapter_digests=(digest(files),))}
+    async with control_plane(byte_tokenizer_directory, tmp_path, tenants=tenants) as control:
+        await control.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=20.0)
+        assert (named(control), control.core().uploads) == ([0], [])
 
 
 # ---- uploads that do not end -----------------------------------------------------------------------------------------
