@@ -16,6 +16,7 @@ from loraplex_engine.link.child import begin_child, limit_threads
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.load_report import LoadReport
 from loraplex_engine.link.logs import LOG_FORMATS, set_up_logging
+from loraplex_engine.link.machines import Meeting
 from loraplex_engine.process import Core, run_engine
 
 
@@ -27,6 +28,8 @@ def main() -> None:
     parser.add_argument("--name", default="", help="of the model, for the log")
     parser.add_argument("--log-level", default="INFO")
     parser.add_argument("--log-format", default="text", choices=LOG_FORMATS)
+    parser.add_argument("--machines-listen", metavar="HOST:PORT", help="where the other machines of the model come")
+    parser.add_argument("--machines-secret", metavar="FILE", help="what they know this one by")
     arguments = parser.parse_args()
     process = f"engine[{arguments.name}:{os.getpid()}]"
     set_up_logging(arguments.log_level, arguments.log_format, process)
@@ -35,14 +38,15 @@ def main() -> None:
     with EngineBus(arguments.bus) as bus:
 
         def load(report: LoadReport) -> Core:
-            return load_core(config_json, report, bus)
+            listen, secret = arguments.machines_listen, arguments.machines_secret
+            return load_core(config_json, report, bus, Meeting.at(listen, secret) if listen else None)
 
         status = run_engine(load, bus)
     sys.exit(status)
 
 
-def load_core(config_json: bytes, report: LoadReport, bus: EngineBus) -> Core:
-    """Load the model where the service says.
+def load_core(config_json: bytes, report: LoadReport, bus: EngineBus, meeting: Meeting | None = None) -> Core:
+    """Load the model where the service says. `meeting`: where its other machines come.
 
     Raises msgspec.MsgspecError or ValueError for a bad configuration, and whatever loading raises."""
     config = msgspec.json.decode(config_json, type=EngineConfig)
@@ -51,7 +55,7 @@ def load_core(config_json: bytes, report: LoadReport, bus: EngineBus) -> Core:
     from loraplex_engine.core import EngineCore  # not earlier: torch reads those settings when it is imported
     from loraplex_engine.placing import placed
 
-    return EngineCore.load(placed(config, bus, report), report)
+    return EngineCore.load(placed(config, bus, report), report, meeting)
 
 
 if __name__ == "__main__":

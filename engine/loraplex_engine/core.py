@@ -35,6 +35,7 @@ from loraplex_engine.following.leader import Leader
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.drafts import DraftKind
 from loraplex_engine.link.load_report import UNREPORTED, LoadReport
+from loraplex_engine.link.machines import Meeting
 from loraplex_engine.link.messages import (
     AddRequest,
     EngineLimits,
@@ -125,14 +126,17 @@ class EngineCore:
         self.adapters = AdapterTiers(store, pool)
 
     @classmethod
-    def load(cls, config: EngineConfig, report: LoadReport = UNREPORTED) -> EngineCore:
-        """Load the model that `config` names. Raises ValueError or OSError whose text says what the operator can do."""
+    def load(cls, config: EngineConfig, report: LoadReport = UNREPORTED, meeting: Meeting | None = None) -> EngineCore:
+        """Load the model that `config` names. `meeting`: where its other machines come.
+
+        Raises ValueError or OSError whose text says what the operator can do.
+        """
         config.check()
         path, small = resolve_model(config.model, config.revision), config.drafting()
         leader: Leader | None = None
         if config.world > 1:
             config = config if config.devices else msgspec.structs.replace(config, device=chosen(config.device))
-            leader = Leader(config, path, report)
+            leader = Leader(config, path, report, meeting)
         try:
             return cls._loaded(config, path, small, report, leader)
         except BaseException:

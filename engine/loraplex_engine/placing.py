@@ -43,7 +43,9 @@ def placed(config: EngineConfig, bus: EngineBus, report: LoadReport) -> EngineCo
         check_free(needs, device, free_bytes(torch.device(device)), ranks)
     share = "kv_cache_fraction" if HOST in answer.devices else "device_memory_fraction"
     where = {"device": answer.devices[0]} if config.world == 1 else {"device": "auto", "devices": (*answer.devices,)}
-    changes: dict[str, Any] = {"model": str(path), "revision": None, "devices": (), share: answer.fraction} | where
+    # Other machines fetch a model of the hub by its own name.
+    found = {"model": str(path), "revision": None} if config.machines == 1 else {}
+    changes: dict[str, Any] = {"devices": (), share: answer.fraction} | found | where
     return msgspec.structs.replace(config, **changes)
 
 

@@ -18,7 +18,9 @@ from loraplex_service.errors import Unavailable
 from loraplex_service.http.process import http_process
 from loraplex_service.http.settings import DoorSettings
 from loraplex_service.keeping import kept
-from loraplex_service.models.supervisor import launcher
+from loraplex_service.models.config import HostedModelConfig
+from loraplex_service.models.machines import meeting_options
+from loraplex_service.models.supervisor import Launch, launcher
 from loraplex_service.ports.interceptors import CallInterceptor, CallLimits
 from loraplex_service.ports.listeners import ConnectionLimits, Service, build_server, drain
 from loraplex_service.ports.probes import build_probe_server
@@ -44,7 +46,12 @@ class Addresses:
 
 def engine_processes(config: ServiceConfig) -> LaunchFor:
     """Launch each engine as a process of its own."""
-    return lambda model: launcher(model.engine(), model.name, config.log_level, config.log_format)
+
+    def launch_for(model: HostedModelConfig) -> Launch:
+        meeting = meeting_options(model, config.machines_listen, config.machines_secret)
+        return launcher(model.engine(), model.name, config.log_level, config.log_format, meeting)
+
+    return launch_for
 
 
 @asynccontextmanager

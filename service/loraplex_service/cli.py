@@ -25,6 +25,7 @@ MODULES: Final = {
     "demo": "servers",
     "doctor": "doctor",
     "embed": "pooling",
+    "follow": "follow",
     "generate": "generating",
     "health": "health",
     "keys": "keys",

@@ -24,6 +24,7 @@ from loraplex_service.config_checks import Shape, number_problems
 from loraplex_service.config_file import ConfigError, read_yaml
 from loraplex_service.models.config import HostedModelConfig, SupervisionConfig, is_model
 from loraplex_service.models.devices import ROUNDING
+from loraplex_service.models.machines import machines_problems
 from loraplex_service.ports.config import DIALECTS, TlsConfig
 from loraplex_service.requests.forms import checked_grammar
 from loraplex_service.telemetry.config import OtlpConfig, UsageConfig
@@ -74,6 +75,8 @@ class ServiceConfig(_Section, frozen=True):
     fleet_address: str | None = None  # what they call that; None: as fleet_listen has it
     fleet_server_name: str | None = None  # which replicas' certificates are for; None: the hosts of their addresses
     fleet_ca: str | None = None  # PEM: who signed those; None: tls.client_ca, or whom the system trusts
+    machines_listen: str | None = None  # where the other machines of a model come: those that `machines` counts
+    machines_secret: str | None = None  # the file with what they know each other by
     listen: str = "127.0.0.1:50051"  # the data port; port 0 takes a free one
     admin_listen: str = "127.0.0.1:50052"
     health_listen: str | None = (
@@ -215,6 +218,7 @@ def _with_absolute_paths(config: ServiceConfig, base: Path) -> ServiceConfig:
         state_directory=_state_directory(config, base),
         tls=tls,
         fleet_ca=None if config.fleet_ca is None else absolute(config.fleet_ca),
+        machines_secret=None if config.machines_secret is None else absolute(config.machines_secret),
         usage=usage,
         auth=None if config.auth is None else config.auth.with_paths(absolute),
     )
@@ -234,6 +238,7 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
     for index, model in enumerate(config.models):
         yield from (f"models[{index}] {model.name!r}: {problem}" for problem in model.problems())
     yield from _fraction_problems(config.models)
+    yield from machines_problems(config.models, config.machines_listen, config.machines_secret, config.insecure)
     names = {model.name for model in config.models}
     for index, adapter in enumerate(config.adapters):
         place = f"adapters[{index}] {adapter.name!r}"

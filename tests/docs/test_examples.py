@@ -50,5 +50,5 @@ def test_reasons_of_errors_are_ones_of_the_contract(page: Path) -> None:
     codes = {code.name for code in grpc.StatusCode}
     states = {value.name.removeprefix("STATE_") for value in Adapter.State.DESCRIPTOR.values}
     named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)`", prose(page)))
-    others = {name for name in named if name.startswith(("LORAPLEX_", "AWS_", "HF_"))}
+    others = {name for name in named if name.startswith(("LORAPLEX_", "AWS_", "HF_", "LWS_", "NCCL_", "POD_"))}
     assert named - others <= reasons | codes | states

@@ -143,7 +143,7 @@ def _check_tokenizers(path: Path, small_path: Path) -> None:
 
 def rank_ops(config: EngineConfig, rank: int) -> Ops:
     """The operations of a rank on its device."""
-    device = select_device(config.rank_devices[rank])
+    device = select_device(config.rank_devices[rank % config.machine_ranks])
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels are launched on the current device
     return _select_ops(device, config)
@@ -184,5 +184,5 @@ def _cache_bytes(runner: ModelRunner, config: EngineConfig) -> int:
         return config.kv_cache_bytes
     if runner.ops.device.type == "cuda":
         return min(cache_budget(runner, config), runner.most_cache_bytes)
-    share = (config.kv_cache_fraction or USUAL_CACHE_FRACTION) / config.world
+    share = (config.kv_cache_fraction or USUAL_CACHE_FRACTION) / config.machine_ranks
     return int(free_bytes(runner.ops.device) * share)

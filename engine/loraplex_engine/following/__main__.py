@@ -1,6 +1,7 @@
-"""`python -m loraplex_engine.following --rank N --port P`: a rank of a model that others compute with it.
+"""`python -m loraplex_engine.following --rank N`: a rank of a model that others compute with it.
 
-The first line of its stdin is its EngineConfig, as JSON. It ends with its parent, the first rank.
+The first line of its stdin is its Assignment, as JSON. It ends with its parent: the first rank, or the machine that
+follows.
 """
 
 import argparse
@@ -10,8 +11,8 @@ import sys
 
 import msgspec
 
+from loraplex_engine.following.starting import Assignment
 from loraplex_engine.link.child import begin_child, limit_threads
-from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.logs import LOG_FORMATS, set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -19,10 +20,9 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m loraplex_engine.following", description="One rank of a model. Its first rank starts it."
+        prog="python -m loraplex_engine.following", description="One rank of a model. Its machine starts it."
     )
     parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--port", type=int, required=True, help="where the first rank listens, on 127.0.0.1")
     parser.add_argument("--name", default="", help="of the model, for the log")
     parser.add_argument("--log-level", default="INFO")
     parser.add_argument("--log-format", default="text", choices=LOG_FORMATS)
@@ -30,12 +30,12 @@ def main() -> None:
     set_up_logging(
         arguments.log_level, arguments.log_format, f"engine[{arguments.name}:{os.getpid()}:{arguments.rank}]"
     )
-    config = msgspec.json.decode(begin_child(), type=EngineConfig)
-    limit_threads(config.rank_threads, os.environ)
+    assignment = msgspec.json.decode(begin_child(), type=Assignment)
+    limit_threads(assignment.config.rank_threads, os.environ)
     from loraplex_engine.following.follower import follow  # not earlier: torch reads those settings
 
     try:
-        follow(config, arguments.rank, arguments.port)
+        follow(assignment)
     except Exception as error:
         known = isinstance(error, ValueError | OSError)
         logger.error("rank %d ends: %s", arguments.rank, error, exc_info=not known)

@@ -17,13 +17,16 @@ from loraplex_adapters.runtime.layer import Site
 from loraplex_adapters.runtime.loader_threads import begin_loader
 from loraplex_adapters.runtime.store import rejection
 from loraplex_adapters.runtime.weights import LoadedAdapter, load_adapter, load_composition
+from loraplex_engine.checkpoint.hub import resolve_model
 from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.execution.device import free_bytes
 from loraplex_engine.execution.loading import load_share, rank_ops
 from loraplex_engine.execution.orders import Allocate, Compute, Forget, Load, Put, Remove, Report, decode
 from loraplex_engine.execution.rank_runners import FollowingRunner
+from loraplex_engine.following.adapter_files import AdapterFiles, FetchedFiles, files_here
 from loraplex_engine.following.notes import AdapterNotes
-from loraplex_engine.following.ready import READ, RankReady, loaded_note
+from loraplex_engine.following.ready import READ, RankReady, files_digest, loaded_note
+from loraplex_engine.following.starting import Assignment
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.host_memory import resident_bytes
 from loraplex_engine.ranks.group import Group, Notes
@@ -31,9 +34,10 @@ from loraplex_engine.ranks.group import Group, Notes
 logger = logging.getLogger(__name__)
 
 
-def follow(config: EngineConfig, rank: int, port: int) -> None:
+def follow(assignment: Assignment) -> None:
     """Be a rank until the process is ended. Raises whatever goes wrong: no rank goes on without the others."""
-    notes = Notes(port, config.world)
+    config, rank = assignment.config, assignment.rank
+    notes = Notes(assignment.port, config.world, assignment.leader)
     shard = Shard.of_process(rank, config.tensor_parallel, config.pipeline_parallel)
 
     def progress(bytes_loaded: int, bytes_total: int) -> None:
@@ -41,14 +45,17 @@ def follow(config: EngineConfig, rank: int, port: int) -> None:
 
     try:
         ops = rank_ops(config, rank)
-        group = Group(shard, notes, ops.device)
-        model = load_share(config, Path(config.model), ops, group, progress)
+        path = resolve_model(config.model, config.revision)
+        group = Group(shard, notes, ops.device, host=assignment.host)
+        model = load_share(config, path, ops, group, progress)
+        files = files_digest(path)
     except (ValueError, OSError) as error:
         notes.put(loaded_note(rank), msgspec.json.encode(RankReady(str(error))))
         raise
     runner = FollowingRunner(model, ops, config, group)
-    adapters = FollowedAdapters(runner, config, AdapterNotes(notes, shard, lambda: None))
-    ready = RankReady(weight_bytes=model.nbytes, free_bytes=free_bytes(ops.device))
+    fetched = files_here if assignment.meeting is None else FetchedFiles(assignment.meeting)
+    adapters = FollowedAdapters(runner, config, AdapterNotes(notes, shard, lambda: None), fetched)
+    ready = RankReady(weight_bytes=model.nbytes, free_bytes=free_bytes(ops.device), files=files)
     notes.put(loaded_note(rank), msgspec.json.encode(ready))
     while True:
         obey(decode(group.receive()), runner, adapters, group, config)
@@ -78,10 +85,11 @@ def obey(
 class FollowedAdapters:
     """This rank's part of the adapters: in memory as long as the first rank has them there, and in the same slots."""
 
-    def __init__(self, runner: FollowingRunner, config: EngineConfig, notes: AdapterNotes) -> None:
+    def __init__(self, runner: FollowingRunner, config: EngineConfig, notes: AdapterNotes, files: AdapterFiles) -> None:
         model = runner.model
         self._sites = model.lora_sites()
         self._notes = notes
+        self._files = files
         self._loaded: dict[int, LoadedAdapter] = {}  # by the number of the load
         self._slots: dict[int, list[Site]] = {}  # where each has something
         known: dict[str, Any] = {
@@ -120,10 +128,11 @@ class FollowedAdapters:
 
     def _read(self, number: int, key: AdapterKey, paths: list[Path]) -> None:
         try:
-            if key.parts:
-                loaded = self._load_composition(key, paths)
-            else:
-                loaded = self._load(key, *paths, total=self._notes.total(number))
+            with self._files(number, paths) as here:
+                if key.parts:
+                    loaded = self._load_composition(key, here)
+                else:
+                    loaded = self._load(key, *here, total=self._notes.total(number))
         except Exception as error:  # as on the first rank
             self._notes.tell(number, rejection(key, paths, error))
         else:

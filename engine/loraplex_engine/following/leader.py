@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import os
-import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,52 +16,77 @@ from loraplex_adapters.runtime.mirror import OtherLoads, Total
 from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.execution.orders import Forget, Load, Put, Remove, Report, encode
 from loraplex_engine.following.notes import AdapterNotes
-from loraplex_engine.following.ready import LoadWatch, RankReady, loaded_note
-from loraplex_engine.link.child import child_command
+from loraplex_engine.following.other_machines import OtherMachines
+from loraplex_engine.following.ready import LoadWatch, RankReady, files_digest, loaded_note
+from loraplex_engine.following.starting import Assignment, end_ranks, start_rank
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.host_memory import resident_bytes
 from loraplex_engine.link.load_report import LoadReport
-from loraplex_engine.link.logs import log_options
+from loraplex_engine.link.machines import LOOPBACK, Meeting, address_of
 from loraplex_engine.link.messages import RankStats
 from loraplex_engine.ranks.group import Group, Notes, RanksLostError, Watch
 
-logger = logging.getLogger(__name__)
-
-ENDING_SECONDS = 5.0  # for the ranks that are told to end, before they are killed
+LOOKING_SECONDS = 0.1  # between two looks for machines that have not come yet
 
 
 class Leader:
     """The other ranks of a model, as the first one sees them. It is the `Mirror` of the adapters on it."""
 
-    def __init__(self, config: EngineConfig, path: Path, report: LoadReport) -> None:
-        """Start the processes of the other ranks, which load the model in `path`."""
+    def __init__(self, config: EngineConfig, path: Path, report: LoadReport, meeting: Meeting | None = None) -> None:
+        """Start the processes of the other ranks on this machine, which load the model in `path`.
+
+        `meeting`: where the other machines come, which start theirs. Raises ValueError where they have nowhere to come,
+        OSError where they cannot come there.
+        """
+        if (config.machines > 1) != (meeting is not None):
+            raise ValueError(f"machines: {config.machines}, and where they meet, go together (machines_listen)")
         self.shard = Shard.of_process(0, config.tensor_parallel, config.pipeline_parallel)
         self._report = report
-        self._notes = Notes(None, config.world)
+        if meeting is not None:
+            meeting = msgspec.structs.replace(meeting, host=address_of(meeting.host, report.waits))
+        self._host = LOOPBACK if meeting is None else meeting.host
+        self._notes = Notes(None, config.world, self._host)
         self._adapters = AdapterNotes(self._notes, self.shard, self.check)
         self._numbers = itertools.count(1)
-        config = msgspec.structs.replace(config, model=str(path), revision=None)
-        ranks = range(1, config.world)
+        self._files = files_digest(path)
+        self._ranks = range(1, config.world)
         self.figures: list[RankStats] = []  # of all ranks, since the last beat
         self._group: Group
-        self._processes = {rank: _start(config, rank, self._notes.port) for rank in ranks}
+        self._machines = None if meeting is None else OtherMachines(meeting, config, self._notes.port)
+        own = msgspec.structs.replace(config, model=str(path), revision=None)
+        self._processes = {
+            rank: start_rank(Assignment(own, rank, self._notes.port, self._host, self._host))
+            for rank in range(1, config.machine_ranks)
+        }
 
     @property
     def pids(self) -> list[int]:
-        """The processes of the other ranks."""
+        """The processes of the other ranks on this machine."""
         return [process.pid for process in self._processes.values()]
 
     def join(self, device: torch.device) -> Group:
         """Wait until all ranks are there. Raises RanksLostError if one ends."""
-        self._group = Group(self.shard, self._notes, device, self._load_watch("the processes of its other ranks"))
+        self._wait_for_machines()
+        watch = self._load_watch("the processes of its other ranks")
+        self._group = Group(self.shard, self._notes, device, watch, self._host)
         return self._group
+
+    def _wait_for_machines(self) -> None:
+        """Wait until all other machines run their ranks. The report is told of each that is missing once."""
+        told = ""
+        while self._machines is not None and (awaited := self._machines.awaited()):
+            if awaited != told:
+                told = awaited
+                self._report.waits(awaited)
+            self.check()
+            time.sleep(LOOKING_SECONDS)
 
     def wait_loaded(self) -> int:
         """Wait until the others have loaded their shares → the least memory that is free on the device of one.
 
         Raises ValueError with the problem of one that could not, RanksLostError if one ends.
         """
-        return min(self._ready(rank, self._load_watch(f"rank {rank}")).free_bytes for rank in self._processes)
+        return min(self._ready(rank, self._load_watch(f"rank {rank}")).free_bytes for rank in self._ranks)
 
     def _load_watch(self, awaited: str) -> Watch:
         """What looks after the other ranks while they load. One that stands still is the service's to notice."""
@@ -81,17 +102,27 @@ class Leader:
         ready = msgspec.json.decode(self._notes.wait(loaded_note(rank), watch), type=RankReady)
         if ready.problem:
             raise ValueError(f"rank {rank}: {ready.problem}")
+        if ready.files != self._files:
+            raise ValueError(f"rank {rank} has read other files than the first one: copy the model to its machine anew")
         return ready
 
     def check(self) -> None:
-        """Raise RanksLostError if the process of another rank has ended; ValueError if it said why, while it loaded."""
-        for rank, process in self._processes.items():
-            status = process.poll()
-            if status is None:
-                continue
+        """Raise RanksLostError if another rank or machine is lost; ValueError if it said why, while it loaded."""
+        for rank, how in self._ended():
             if self._notes.has(loaded_note(rank)):
                 self._ready(rank, lambda: None)
-            raise RanksLostError(f"the process of rank {rank} (pid {process.pid}) has ended with status {status}")
+            raise RanksLostError(how)
+        if self._machines is not None:
+            self._machines.check()
+
+    def _ended(self) -> Iterator[tuple[int, str]]:
+        """Each rank whose process has ended, and how."""
+        for rank, process in self._processes.items():
+            status = process.poll()
+            if status is not None:
+                yield rank, f"the process of rank {rank} (pid {process.pid}) has ended with status {status}"
+        if self._machines is not None:
+            yield from self._machines.ended()
 
     def beat(self) -> None:
         """Wait until all other ranks have said what they have exchanged and hold.
@@ -103,22 +134,16 @@ class Leader:
 
     def close(self) -> None:
         """End the other ranks."""
-        for process in self._processes.values():
-            assert process.stdin is not None
-            with suppress(OSError):
-                process.stdin.close()
-        end = time.monotonic() + ENDING_SECONDS
-        for process in self._processes.values():
-            try:
-                process.wait(max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        end_ranks(self._processes.values())
+        if self._machines is not None:
+            self._machines.close()
 
     # ---- the mirror of adapters ------------------------------------------------------------------------------------
 
     def load(self, key: AdapterKey, paths: Sequence[Path]) -> int:
         number = next(self._numbers)
+        if self._machines is not None:
+            self._machines.files.offer(number, paths)
         self._group.order(encode(Load(number, key, [str(path) for path in paths])))
         return number
 
@@ -127,7 +152,10 @@ class Leader:
 
     def finish(self, number: int, rejected: AdapterRejected | None) -> OtherLoads:
         self._adapters.tell(number, rejected)
-        return self._adapters.others(number)
+        failed = self._adapters.others(number)
+        if self._machines is not None:
+            self._machines.files.withdraw(number)
+        return failed
 
     def forget(self, number: int) -> None:
         self._group.order(encode(Forget(number)))
@@ -137,16 +165,3 @@ class Leader:
 
     def remove(self, slot: int) -> None:
         self._group.order(encode(Remove(slot)))
-
-
-def _start(config: EngineConfig, rank: int, port: int) -> subprocess.Popen[bytes]:
-    """Start the process of a rank."""
-    where = ("--rank", str(rank), "--port", str(port), "--name", Path(config.model).name)
-    command, variables = child_command("loraplex_engine.following", *where, *log_options())
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | variables)
-    assert process.stdin is not None
-    with suppress(OSError):  # it died at once, which the wait for it reports
-        process.stdin.write(msgspec.json.encode(config) + b"\n")
-        process.stdin.flush()
-    logger.info("rank %d of %d is process %d", rank, config.world, process.pid)
-    return process

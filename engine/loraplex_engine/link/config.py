@@ -33,7 +33,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: str = "auto"  # auto: cuda where there is one, else cpu
     tensor_parallel: int = 1  # ranks, each a process with a part of every matrix
     pipeline_parallel: int = 1  # stages, each with a part of the layers
-    devices: tuple[str, ...] = ()  # of the ranks, in order; none: `device` and those that follow it
+    machines: int = 1  # that compute the model together, each with as many of its ranks
+    devices: tuple[str, ...] = ()  # of a machine's ranks, in order; none: `device` and those that follow it
     kernels: str = "auto"
     threads: int | None = None  # compute threads on the CPU; None: all cores the process may use
     max_model_len: int | None = None  # tokens; None: what the model was made for
@@ -75,6 +76,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "disk_cache_directory": None,
             "tensor_parallel": 1,
             "pipeline_parallel": 1,
+            "machines": 1,
             "devices": (),
         }
         return msgspec.structs.replace(self, **of_large, **small)
@@ -96,7 +98,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             problems.append(f"kv_cache_dtype {self.kv_cache_dtype!r} is not one of {', '.join(KV_CACHE_DTYPES)}")
         if not DEVICE.fullmatch(self.device):
             problems.append(f"device {self.device!r} is not auto, cpu, cuda or cuda:N")
-        problems += rank_problems(self.device, self.devices, self.tensor_parallel, self.pipeline_parallel)
+        problems += rank_problems(
+            self.device, self.devices, self.tensor_parallel, self.pipeline_parallel, self.machines
+        )
         if self.world > 1 and self.host_cache_bytes:
             problems.append(f"host_cache_bytes has the blocks of one rank, and there are {self.world}: leave it out")
         if self.kernels not in BACKENDS:
@@ -142,17 +146,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return self.tensor_parallel * self.pipeline_parallel
 
     @property
+    def machine_ranks(self) -> int:
+        """Those of them that are on one machine."""
+        return self.world // self.machines
+
+    @property
     def rank_threads(self) -> int | None:
         """The compute threads of each of them on the CPU. Stages take turns; the ranks of one compute at once, and
         waiting for each other, they would spin on one core."""
-        if self.tensor_parallel == 1:
-            return self.threads
-        return max(1, (self.threads or len(os.sched_getaffinity(0))) // self.tensor_parallel)
+        at_once = min(self.tensor_parallel, self.machine_ranks)
+        return self.threads if at_once == 1 else max(1, (self.threads or len(os.sched_getaffinity(0))) // at_once)
 
     @property
     def rank_devices(self) -> tuple[str, ...]:
-        """The device of each of these processes."""
-        return rank_devices(self.device, self.devices, self.world)
+        """The device of each of the processes of a machine."""
+        return rank_devices(self.device, self.devices, self.machine_ranks)
 
     @property
     def most_drawn(self) -> int:

@@ -1,6 +1,7 @@
 """The ranks of one model as processes, joined by torch.distributed: gloo between CPUs, NCCL between GPUs.
 
-Orders and notes go through gloo and its store, wherever the tensors are. All of these stay on the loopback interface.
+Orders and notes go through gloo and its store, wherever the tensors are. All of these stay on the loopback interface,
+unless the ranks are on several machines.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loraplex_engine.checkpoint.shard import Shard
+from loraplex_engine.link.machines import LOOPBACK
 from loraplex_engine.link.messages import RankStats
 
-LOOPBACK = "127.0.0.1"
 FOREVER = timedelta(days=365)  # for an order, which nobody need give; of a rank that is stuck the heartbeat tells
 JOINING = timedelta(seconds=120)  # for the ranks to find each other
 LOOKING_SECONDS = 0.005  # between two looks for a note
@@ -46,18 +47,18 @@ def _joined(call: Callable[[], T]) -> T:
 class Notes:
     """Short notes between the ranks, by name. Any thread may call it."""
 
-    def __init__(self, port: int | None, world: int) -> None:
-        """`port`: where another rank has opened them; None: open them."""
+    def __init__(self, port: int | None, world: int, host: str = LOOPBACK) -> None:
+        """`port`: where another rank has opened them on `host`; None: open them there."""
         kind: Any = dist.TCPStore  # type: ignore[attr-defined]  # torch does not say that it exports it
         if port is None:
             # A socket of the store's own would listen on all interfaces. It takes this one over.
-            with socket.create_server((LOOPBACK, 0)) as listener:
+            with socket.create_server((host, 0)) as listener:
                 self.port: int = listener.getsockname()[1]
                 opened = {"is_master": True, "master_listen_fd": listener.detach()}
         else:
             self.port, opened = port, {"is_master": False}
         self.store: Any = _joined(
-            lambda: kind(LOOPBACK, self.port, world, timeout=JOINING, wait_for_workers=False, **opened)
+            lambda: kind(host, self.port, world, timeout=JOINING, wait_for_workers=False, **opened)
         )
 
     def put(self, name: str, note: bytes) -> None:
@@ -104,18 +105,25 @@ class Traffic:
 class Group:
     """The `Ranks` of a model as processes."""
 
-    def __init__(self, shard: Shard, notes: Notes, device: torch.device, watch: Watch = lambda: None) -> None:
-        """Waits until all ranks are there. `watch`: raises that one has ended."""
+    def __init__(
+        self,
+        shard: Shard,
+        notes: Notes,
+        device: torch.device,
+        watch: Watch = lambda: None,
+        host: str = LOOPBACK,
+    ) -> None:
+        """Waits until all ranks are there. `watch`: raises that one has ended. `host`: of this rank, for the others."""
         self.shard = shard
         notes.put(_here(shard.process), b"")
         for process in range(shard.processes):
             notes.wait(_here(process), watch)
         self.traffic = Traffic()
         everyone, stage = (shard.process, shard.processes), (shard.rank, shard.world)
-        self._orders = _joined(lambda: _gloo(_part_of(notes.store, "orders"), *everyone))
+        self._orders = _joined(lambda: _gloo(_part_of(notes.store, "orders"), *everyone, host))
         # NCCL's order of operations is that of its stream: orders cannot be mixed in, and are the host's anyway.
         on_cpu = device.type == "cpu"
-        make = _gloo if on_cpu else _nccl
+        make = partial(_gloo, host=host) if on_cpu else _nccl
         self._stage: Any = _joined(lambda: make(_part_of(notes.store, f"stage/{shard.stage}"), *stage))
         self._ring: Any = self._orders if on_cpu else _joined(lambda: _nccl(_part_of(notes.store, "ring"), *everyone))
         self._patience = (FOREVER,) if on_cpu else ()  # given one, NCCL would hold up the host
@@ -216,10 +224,10 @@ def _patient(options: Any) -> Any:
     return options
 
 
-def _gloo(store: Any, rank: int, world: int) -> Any:
+def _gloo(store: Any, rank: int, world: int, host: str) -> Any:
     kind: Any = dist.ProcessGroupGloo
     options = kind._Options()  # torch has no public way to name the interface
-    options._devices = [kind.create_device(hostname=LOOPBACK)]
+    options._devices = [kind.create_device(hostname=host)]
     options._timeout = JOINING  # unless a call says otherwise
     options._threads = 1
     return kind(store, rank, world, options)

@@ -122,19 +122,19 @@ class Placement:
 
         Raises NoRoomError where those that are loaded would need more than the host has.
         """
-        world = {each.name: each.world for each in models}
-        beside = {other: self._needs[other].least(HOST, world[other]) for other in self._on_host - {name}}
+        there = {each.name: each.machine_ranks for each in models}
+        beside = {other: self._needs[other].least(HOST, there[other]) for other in self._on_host - {name}}
         left = host.total_bytes - sum(beside.values())
-        if needs.least(HOST, world[name]) > left:
-            there = ", ".join(f"{other!r} {readable(size)}" for other, size in sorted(beside.items()))
+        if needs.least(HOST, there[name]) > left:
+            taken = ", ".join(f"{other!r} {readable(size)}" for other, size in sorted(beside.items()))
             raise NoRoomError(
-                f"model {name!r} does not fit: it needs {needs_text(needs, HOST, world[name])}, and the host has "
-                f"{readable(left)} left of {readable(host.total_bytes)}{' beside ' + there if there else ''}: {REMEDY}"
+                f"model {name!r} does not fit: it needs {needs_text(needs, HOST, there[name])}, and the host has "
+                f"{readable(left)} left of {readable(host.total_bytes)}{' beside ' + taken if taken else ''}: {REMEDY}"
             )
         self._on_host.add(name)
         sharing = [each for each in models if each.kv_cache_bytes is None and each.kv_cache_fraction is None]
         own = self._models[name].kv_cache_fraction
-        ranks = [HOST] * world[name]
+        ranks = [HOST] * there[name]
         return LoadOn(ranks, own if own is not None else USUAL_CACHE_FRACTION / max(1, len(sharing)))
 
 

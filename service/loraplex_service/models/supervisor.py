@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from asyncio.subprocess import PIPE
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -363,9 +363,12 @@ def _describe_status(status: int) -> str:
     return f"{name}, perhaps because the machine ran out of memory" if name == "SIGKILL" else name
 
 
-def launcher(config: EngineConfig, name: str, log_level: str, log_format: str) -> Launch:
-    """A launcher of `python -m loraplex_engine` with this interpreter and this process's import path."""
-    options = ("--name", name, "--log-level", log_level, "--log-format", log_format)
+def launcher(config: EngineConfig, name: str, log_level: str, log_format: str, meeting: Sequence[str] = ()) -> Launch:
+    """A launcher of `python -m loraplex_engine` with this interpreter and this process's import path.
+
+    `meeting`: the options by which the engine lets other machines come.
+    """
+    options = ("--name", name, "--log-level", log_level, "--log-format", log_format, *meeting)
     command, variables = child_command("loraplex_engine", *options, "--bus")
 
     async def launch(address: str) -> EngineProcess:
