@@ -17,15 +17,23 @@ from loraplex_service.call import current_call
 from loraplex_service.errors import InvalidRequest
 from loraplex_service.names.catalog import Catalog
 from loraplex_service.names.target import LoadedModel
-from loraplex_service.requests.prompts import PromptText, TextWork, adds_special_tokens, kept_parts, prompt_text
-from loraplex_service.text import IncrementalDetokenizer, TextError
+from loraplex_service.requests.prompts import (
+    PIECE,
+    PromptText,
+    TextWork,
+    adds_special_tokens,
+    kept_parts,
+    pieces_of,
+    prompt_text,
+)
+from loraplex_service.requests.turns import Pieces
+from loraplex_service.text import Encoding, IncrementalDetokenizer, TextError
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 MAX_OFFSETS_BYTES = 32 << 10  # of a text whose tokens' places are told
 MAX_TEXT_CHARS = 2 << 20  # of detokenised text
-_CHUNK = 1 << 12  # tokens that are worked on before other threads have theirs
 
 
 class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
@@ -45,56 +53,55 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         if request.include_offsets and size > MAX_OFFSETS_BYTES:
             problem = f"are given for texts of at most {MAX_OFFSETS_BYTES} bytes; this one has {size}"
             raise InvalidRequest.at("include_offsets", problem)
-        run = self._texts.on_tokens if request.include_offsets else self._texts.on
         try:
-            return await run(tenant, text.work_size, lambda: _tokenized(request, model, text))
+            encoding = await self._texts.on(tenant, text.work_size, lambda: _encoding(request, model, text))
         except TextError as error:
             raise InvalidRequest.at("prompt", str(error)) from error
+        return await self._texts.on_tokens(tenant, len(encoding.token_ids), _told(request, model, text.text, encoding))
 
     async def Detokenize(self, request: DetokenizeRequest, context: Context) -> DetokenizeResponse:  # noqa: N802
         tenant = self._tenants.get(current_call().tenant)
         model = await self._model(request.model)
-        return await self._texts.on_tokens(tenant, len(request.token_ids), lambda: _detokenized(request, model))
+        return await self._texts.on_tokens(tenant, len(request.token_ids), _detokenized(request, model))
 
     async def _model(self, name: str) -> LoadedModel:
         target = self._catalog.resolve(current_call().tenant, name, "model")
         return (await self._adapter_texts.dressed(target)).model
 
 
-def _tokenized(request: TokenizeRequest, model: LoadedModel, prompt: PromptText) -> TokenizeResponse:
+def _encoding(request: TokenizeRequest, model: LoadedModel, prompt: PromptText) -> Encoding:
+    """The tokens of a text, without their places where nobody asks for them. Raises TextError."""
     special, (text, literal) = adds_special_tokens(request.prompt), prompt
-    response = TokenizeResponse(max_context_tokens=model.limits.max_model_len)
     if request.include_offsets:
-        encoding = model.tokenizer.encode_with_offsets(text, special, literal)
-        token_ids = encoding.token_ids
-        for part in kept_parts(request.prompt, model, token_ids):
-            starts, ends = zip(*encoding.offsets[part], strict=True) if encoding.offsets[part] else ((), ())
-            response.token_starts.extend(starts)
-            response.token_ends.extend(ends)
-    else:
-        token_ids = model.tokenizer.encode(text, special, literal=literal)
-    for part in kept_parts(request.prompt, model, token_ids):
-        kept = token_ids[part]
-        for start in range(0, len(kept), _CHUNK):
-            response.token_ids.extend(kept[start : start + _CHUNK])
+        return model.tokenizer.encode_with_offsets(text, special, literal)
+    return Encoding(model.tokenizer.encode(text, special, literal=literal), [])
+
+
+def _told(request: TokenizeRequest, model: LoadedModel, text: str, encoding: Encoding) -> Pieces[TokenizeResponse]:
+    response = TokenizeResponse(max_context_tokens=model.limits.max_model_len)
+    for part in kept_parts(request.prompt, model, encoding.token_ids):
+        first, end, _ = part.indices(len(encoding.token_ids))
+        for place in range(first, end, PIECE):
+            some = slice(place, min(place + PIECE, end))
+            response.token_ids.extend(encoding.token_ids[some])
+            response.token_starts.extend([start for start, _ in encoding.offsets[some]])
+            response.token_ends.extend([end for _, end in encoding.offsets[some]])
+            yield
     if request.include_text:
         response.text = text
     return response
 
 
-def _detokenized(request: DetokenizeRequest, model: LoadedModel) -> DetokenizeResponse:
+def _detokenized(request: DetokenizeRequest, model: LoadedModel) -> Pieces[DetokenizeResponse]:
     """Raises InvalidRequest."""
     skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
     detokenizer = IncrementalDetokenizer(model.tokenizer.pieces(skip))
     text: list[str] = []
     length = 0
-    for start in range(0, len(request.token_ids), _CHUNK):
-        token_ids = request.token_ids[start : start + _CHUNK]
-        if max(token_ids) >= model.limits.vocab_size:
-            problem = f"holds {max(token_ids)}, and the vocabulary has {model.limits.vocab_size} tokens"
-            raise InvalidRequest.at("token_ids", problem)
+    for token_ids in pieces_of(request.token_ids, model, "token_ids"):
         text.append(detokenizer.push(token_ids))
         length += len(text[-1])
         if length > MAX_TEXT_CHARS:
             raise InvalidRequest.at("token_ids", f"come to more than {MAX_TEXT_CHARS} characters of text")
+        yield
     return DetokenizeResponse(text="".join([*text, detokenizer.flush()]))

@@ -79,7 +79,7 @@ class Messages:
     async def _opened(
         self, rules: MessageRules, chat: Chat, tokenizer: Tokenizer, prompt: Sequence[int], tenant: Tenant
     ) -> str:
-        return await self._work.on_tokens(tenant, len(prompt), lambda: _opened(rules, chat, tokenizer, prompt))
+        return await self._work.on(tenant, len(prompt), lambda: _opened(rules, chat, tokenizer, prompt))
 
     async def _rules_of(self, tokenizer: Tokenizer, path: str) -> MessageRules:
         rules = self._rules.get(tokenizer)

@@ -1,7 +1,7 @@
 """Turns a valid Prompt into the tokens that the model reads."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,7 +11,7 @@ from loraplex.v1.prompt_pb2 import TOOL_MODE_NONE, Chat, ChatMessage, Prompt, To
 from loraplex_service.admission.tenants import Tenant
 from loraplex_service.errors import InvalidRequest, PromptTooLong, Unavailable
 from loraplex_service.names.target import LoadedModel
-from loraplex_service.requests.turns import TurnLimits, Turns
+from loraplex_service.requests.turns import Pieces, TurnLimits, Turns, whole
 from loraplex_service.text import (
     MAX_TOKENS,
     ArgumentsError,
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 # In bytes, or tokens. Shorter texts take less time to tokenise than to hand to another thread.
 _INLINE_SIZE = 8192
-_CHUNK = 1 << 12  # tokens
+PIECE = 1 << 11  # tokens that are worked on before the event loop serves others
 _NO_PARAMETERS = '{"type": "object", "properties": {}}'
 # UTF-8 bytes of one text. Tokenising takes some 150 bytes of memory a byte, and a second a million.
 MAX_TEXT_BYTES = 2 << 20
@@ -56,18 +56,16 @@ class TextWork:
 
     async def on(self, tenant: Tenant, size: int, do: Callable[[], T]) -> T:
         """Run work on a text: here if that is shorter than to hand it to a thread, else in a turn."""
-        return await _run(self.threads, tenant, size, do)
+        if size <= _INLINE_SIZE:
+            return do()
+        return await self.threads.in_thread(tenant.name, tenant.config.weight, size, do)
 
-    async def on_tokens(self, tenant: Tenant, count: int, do: Callable[[], T]) -> T:
-        """Run work on tokens, or on their places in a text, one piece at a time: the interpreter does it all, so two at
-        once would not end sooner, and the event loop would wait for both."""
-        return await _run(self.tokens, tenant, count, do)
-
-
-async def _run(turns: Turns, tenant: Tenant, size: int, do: Callable[[], T]) -> T:
-    if size <= _INLINE_SIZE:
-        return do()
-    return await turns.in_thread(tenant.name, tenant.config.weight, size, do)
+    async def on_tokens(self, tenant: Tenant, count: int, work: Pieces[T]) -> T:
+        """Run work on tokens: at once if there are few, else piece by piece in a turn. Two at once would end no sooner:
+        the interpreter does it all."""
+        if count <= _INLINE_SIZE:
+            return whole(work)
+        return await self.tokens.in_pieces(tenant.name, tenant.config.weight, count, work)
 
 
 class PromptText(NamedTuple):
@@ -143,7 +141,10 @@ async def prompt_tokens(
         ids = prompt.token_ids.ids
         if len(ids) > most:
             raise PromptTooLong.of(path, len(ids), context, num_drawn)
-        return await work.on_tokens(tenant, min(len(ids), last or len(ids)), lambda: _given(ids, last, model, path))
+        first = len(ids) - min(last or len(ids), len(ids))
+        return await work.on_tokens(
+            tenant, len(ids) - first, checked_tokens(ids, model, f"{path}.token_ids.ids", first)
+        )
     rendered = await prompt_text(prompt, model, work, tenant, path)
     size = len(rendered.text.encode(errors="surrogatepass"))
     least = model.tokenizer.least_tokens(size)
@@ -161,15 +162,25 @@ async def prompt_tokens(
         raise InvalidRequest.at(f"{path}.{kind}", str(error)) from error
 
 
-def _given(ids: Sequence[int], last: int, model: LoadedModel, path: str) -> list[int]:
-    """Check and cut given token ids, a few at a time so that other threads get their turn."""
+def checked_tokens(ids: Sequence[int], model: LoadedModel, path: str, first: int = 0) -> Pieces[list[int]]:
+    """Given token ids from the place `first` on. Raises InvalidRequest for one that the model does not have."""
     token_ids: list[int] = []
-    for start in range(max(0, len(ids) - last) if last else 0, len(ids), _CHUNK):
-        token_ids += ids[start : start + _CHUNK]
-    if (largest := max(token_ids)) >= model.limits.vocab_size:
-        problem = f"holds {largest}, and the vocabulary has {model.limits.vocab_size} tokens"
-        raise InvalidRequest.at(f"{path}.token_ids.ids", problem)
+    for some in pieces_of(ids, model, path, first):
+        token_ids += some
+        yield
     return token_ids
+
+
+def pieces_of(ids: Sequence[int], model: LoadedModel, path: str, first: int = 0) -> Iterator[Sequence[int]]:
+    """Given token ids, as many at a time as are worked on before the event loop serves others.
+
+    Raises InvalidRequest for one that the model does not have.
+    """
+    for start in range(first, len(ids), PIECE):
+        some = ids[start : start + PIECE]
+        if (largest := max(some)) >= model.limits.vocab_size:
+            raise InvalidRequest.at(path, f"holds {largest}, and the vocabulary has {model.limits.vocab_size} tokens")
+        yield some
 
 
 def _tokens(prompt: Prompt, rendered: PromptText, most: int, model: LoadedModel, path: str) -> list[int]:

@@ -14,7 +14,7 @@ from loraplex_service.admission.tenants import Tenant
 from loraplex_service.errors import InvalidRequest, MessageTooLarge
 from loraplex_service.names.target import LoadedModel
 from loraplex_service.requests.outputs import token_logprob
-from loraplex_service.requests.prompts import TextWork
+from loraplex_service.requests.prompts import TextWork, checked_tokens
 from loraplex_service.requests.sampling import wants_logprobs
 from loraplex_service.text import Tokenizer
 from loraplex_service.text.errors import TextError, TooManyTokensError
@@ -54,21 +54,15 @@ async def candidate_tokens(
         path = f"candidates[{index}].{candidate.WhichOneof('content')}"
         if candidate.HasField("token_ids"):
             ids = candidate.token_ids.ids
-            tokens = await work.on_tokens(tenant, min(len(ids), room), partial(_copied, ids, room + 1))
+            if len(ids) > room:
+                raise InvalidRequest.at(path, f"has {len(ids)} tokens, and the prompt leaves {room} of the context")
+            tokens = await work.on_tokens(tenant, len(ids), checked_tokens(ids, model, path))
         else:
             text = candidate.text
             size = len(text.encode(errors="surrogatepass"))
             tokens = await work.on(tenant, size, partial(_encoded, text, room, model, path))
-        if len(tokens) > room:
-            raise InvalidRequest.at(path, f"has more tokens than the {room} that the prompt leaves of the context")
-        if (largest := max(tokens)) >= model.limits.vocab_size:
-            raise InvalidRequest.at(path, f"holds {largest}, and the vocabulary has {model.limits.vocab_size} tokens")
         found.append(tokens)
     return found
-
-
-def _copied(ids: Sequence[int], most: int) -> list[int]:
-    return list(ids[:most])
 
 
 def _encoded(text: str, room: int, model: LoadedModel, path: str) -> list[int]:
@@ -81,6 +75,8 @@ def _encoded(text: str, room: int, model: LoadedModel, path: str) -> list[int]:
         raise InvalidRequest.at(path, str(error)) from error
     if not tokens:
         raise InvalidRequest.at(path, "comes to no tokens at all; give at least one")
+    if (largest := max(tokens)) >= model.limits.vocab_size:
+        raise InvalidRequest.at(path, f"holds {largest}, and the vocabulary has {model.limits.vocab_size} tokens")
     return tokens
 
 

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from typing import TypeVar
 from loraplex_service.errors import Unavailable
 
 T = TypeVar("T")
+Pieces = Generator[None, None, T]  # work that pauses after each piece of it, and returns what it comes to
 
 SMALLEST = 4096  # the least size that work counts as: many small pieces take time, too
 NICER = 5  # niceness of the threads above that of the event loop's: a third of a core that both want
@@ -73,7 +74,8 @@ class Turns:
             self._end(work)
 
     async def in_thread(self, tenant: str, weight: float, size: int, do: Callable[[], T]) -> T:
-        """Run work in a turn, in a thread that leaves the cores to the event loop.
+        """Run work in a turn, in a thread that leaves the cores to the event loop: work of a library that gives up the
+        interpreter lock for most of it.
 
         A cancelled caller leaves the queue, but does not stop work that has begun.
         """
@@ -89,6 +91,21 @@ class Turns:
             return await asyncio.shield(doing)
         finally:
             del doing  # or what it raises, and all that was at hand there, waits for the collector of cycles
+
+    async def in_pieces(self, tenant: str, weight: float, size: int, work: "Pieces[T]") -> T:
+        """Run work in a turn, on the event loop, which serves others between two pieces of it.
+
+        For work that holds the interpreter lock: a thread with it that gets no processor would keep the loop from its
+        own.
+        """
+        async with self.turn(tenant, weight, size):
+            while True:
+                try:
+                    next(work)
+                except StopIteration as end:
+                    result: T = end.value
+                    return result
+                await asyncio.sleep(0)
 
     async def _begin(self, tenant: str, weight: float, size: int) -> _Work:
         size = max(size, SMALLEST)
@@ -145,6 +162,16 @@ class Turns:
         if own.held == 0:
             del self._tenants[work.tenant]
         self._give_turns()
+
+
+def whole(work: Pieces[T]) -> T:
+    """What the work comes to, without a pause."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 def _give_way() -> None:

@@ -6,8 +6,11 @@ tests show both). Pieces per token need no comparison and cost about a dict acce
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from loraplex_service.text.token_decoders import REPLACEMENT, PieceTable, decode_utf8
+
+_MANY = 16  # tokens, of which it pays to try whether each has text of its own
 
 
 class IncrementalDetokenizer:
@@ -33,6 +36,9 @@ class IncrementalDetokenizer:
         if self._at_start or self._from_prompt:
             return self._push_first(token_ids)
         pieces = self._pieces
+        if len(token_ids) >= _MANY and not self._pending:
+            with suppress(TypeError):  # of a piece that is bytes
+                return "".join(map(pieces.__getitem__, token_ids))  # type: ignore[arg-type]
         text: list[str] = []
         for token_id in token_ids:
             piece = pieces[token_id]

@@ -4,7 +4,9 @@ import asyncio
 import json
 import shutil
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from loraplex.v1.prompt_pb2 import Prompt
 from loraplex.v1.tokenizer_pb2 import TokenizeRequest
 from loraplex_service.admission.tenants import Tenants
 from loraplex_service.errors import InvalidRequest, PromptTooLong
-from loraplex_service.requests.prompts import TextWork
-from loraplex_service.requests.turns import TurnLimits, Turns
-from loraplex_service.text import MAX_TOKENS, Tokenizer
+from loraplex_service.requests.prompts import PIECE, TextWork
+from loraplex_service.requests.turns import Pieces, TurnLimits, Turns
+from loraplex_service.text import MAX_TOKENS, IncrementalDetokenizer, Tokenizer
 from loraplex_service.text.token_decoders import BYTE_ALPHABET
 from loraplex_service.text.token_lengths import longest_token_bytes
 from loraplex_service.validation.checks import check_request
@@ -129,19 +131,40 @@ async def test_long_texts_of_one_tenant_do_not_keep_out_anothers(byte_tokenizer:
 
 
 async def test_one_list_of_many_tokens_is_worked_on_at_a_time(plane: DataPlane) -> None:
-    texts, tenant, go_on = plane.servicer._preparation._texts, Tenants().get("default"), threading.Event()
+    texts, tenant = plane.servicer._preparation._texts, Tenants().get("default")
     order: list[str] = []
 
-    def first() -> None:
-        go_on.wait(10)
-        order.append("first")
+    def work(name: str) -> Pieces[None]:
+        for _ in range(3):
+            order.append(name)
+            yield
 
-    works = [texts.on_tokens(tenant, MAX_TOKENS, first), texts.on_tokens(tenant, 9000, lambda: order.append("second"))]
-    done = asyncio.gather(*works)
-    await asyncio.wait([done], timeout=0.1)
-    go_on.set()
-    await done
-    assert order == ["first", "second"]
+    await asyncio.gather(*(texts.on_tokens(tenant, 9000, work(name)) for name in ("first", "second")))
+    assert order == [*["first"] * 3, *["second"] * 3]
+
+
+async def test_others_are_served_between_the_pieces_of_a_list_of_many_tokens(
+    control: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments: list[int] = []  # a push of so many tokens; 0: others are served
+    push = IncrementalDetokenizer.push
+
+    def watched(self: IncrementalDetokenizer, token_ids: Sequence[int]) -> str:
+        moments.append(len(token_ids))
+        return push(self, token_ids)
+
+    async def others() -> None:
+        while True:
+            moments.append(0)
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(IncrementalDetokenizer, "push", watched)
+    serving = asyncio.create_task(others())
+    await control.client.detokenize("tiny", [97] * MAX_TOKENS)
+    serving.cancel()
+    assert sum(moments) >= MAX_TOKENS
+    assert max(moments) <= PIECE
+    assert (PIECE, PIECE) not in pairwise(moments)
 
 
 async def test_long_chats_of_one_tenant_do_not_keep_out_anothers(
@@ -169,17 +192,6 @@ async def test_places_of_tokens_are_told_for_texts_of_some_length_alone(control:
     with pytest.raises(InvalidArgument, match="32768 bytes"):
         await control.client.tokenize("tiny", "x" * 32_769, include_offsets=True)
     assert len((await control.client.tokenize("tiny", "x" * 32_769)).token_ids) == 32_769
-
-
-async def test_places_of_tokens_are_told_for_one_text_at_a_time(control: ControlPlane) -> None:
-    texts, go_on = control.app.inference._preparation._texts, threading.Event()
-    first = asyncio.ensure_future(texts.on_tokens(Tenants().get("default"), MAX_TOKENS, lambda: go_on.wait(10)))
-    second = asyncio.ensure_future(control.client.tokenize("tiny", "x" * 9000, include_offsets=True))
-    await control.client.tokenize("tiny", "x" * 9000)
-    await asyncio.wait([second], timeout=0.1)
-    assert not second.done()
-    go_on.set()
-    await asyncio.gather(first, second)
 
 
 async def test_tokens_that_come_to_too_much_text_are_refused(

@@ -15,8 +15,9 @@ from loraplex.v1.inference_pb2 import FINISH_REASON_CONTEXT_LIMIT, FINISH_REASON
 from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, TokenIds
 from loraplex.v1.tokenizer_pb2 import TokenizeRequest, TokenizeResponse
 from loraplex_service.admission.tenants import Tenants
-from loraplex_service.control.tokenizer import _tokenized
+from loraplex_service.control.tokenizer import _encoding, _told
 from loraplex_service.requests.prompts import prompt_text
+from loraplex_service.requests.turns import whole
 from loraplex_service.text import Tokenizer
 from tests.service.data_plane import BOS, EOS, DataPlane, data_plane, failure, make_spec
 
@@ -54,7 +55,8 @@ async def read(plane: DataPlane, prompt: Prompt) -> list[int]:
 async def tokenized(plane: DataPlane, prompt: Prompt) -> TokenizeResponse:
     model = plane.models.models["demo"]
     text = await prompt_text(prompt, model, plane.servicer._preparation._texts, Tenants().get("default"), "prompt")
-    return _tokenized(TokenizeRequest(prompt=prompt, include_offsets=True), model, text)
+    request = TokenizeRequest(prompt=prompt, include_offsets=True)
+    return whole(_told(request, model, text.text, _encoding(request, model, text)))
 
 
 def chat(*contents: str) -> Chat:

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, suppress
 import pytest
 
 from loraplex_service.errors import Unavailable
-from loraplex_service.requests.turns import NICER, SMALLEST, TurnLimits, Turns
+from loraplex_service.requests.turns import NICER, SMALLEST, Pieces, TurnLimits, Turns
 
 MIB = 1 << 20
 
@@ -135,6 +135,41 @@ async def test_a_thread_keeps_its_turn_though_its_caller_is_gone() -> None:
     go_on.set()
     await waiting.end()
     assert waiting.order == ["b"]
+
+
+async def test_work_in_pieces_lets_others_go_on_between_them_and_keeps_its_turn() -> None:
+    order: list[str] = []
+
+    def work(name: str) -> Pieces[str]:
+        for _ in range(3):
+            order.append(name)
+            yield
+        return name
+
+    async def others() -> None:
+        for _ in range(3):
+            order.append("others")
+            await asyncio.sleep(0)
+
+    turns = turns_of()
+    first, second = (turns.in_pieces(name, 1.0, MIB, work(name)) for name in ("first", "second"))
+    assert await asyncio.gather(first, second, others()) == ["first", "second", None]
+    assert order == [*["first", "others"] * 3, *["second"] * 3]
+
+
+async def test_work_in_pieces_that_fails_or_whose_caller_is_gone_gives_up_its_turn() -> None:
+    def work() -> Pieces[None]:
+        yield
+        raise ValueError
+
+    turns = turns_of()
+    with pytest.raises(ValueError):
+        await turns.in_pieces("a", 1.0, MIB, work())
+    gone = asyncio.create_task(turns.in_pieces("a", 1.0, MIB, work()))
+    await asyncio.sleep(0)  # the task begins
+    gone.cancel()
+    await asyncio.wait([gone])
+    assert (turns._held, turns._running) == (0, [])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a thread has a niceness of its own on Linux only")
