@@ -118,6 +118,10 @@ class FeatureUnsupported(LoraplexError):
         super().__init__("FEATURE_UNSUPPORTED", f"{field}: {problem}", field=_clip(field, 100))
         self.violation = Violation(field, problem)
 
+    @classmethod
+    def unknown(cls, field: str) -> "FeatureUnsupported":
+        return cls(field, "is a field that this server's version of the contract does not have")
+
     def rename(self, name: Callable[[str], str]) -> None:
         """Name the field as another definition does. `name`: its field for one of ours."""
         self.violation = replace(self.violation, field=name(self.violation.field))

@@ -53,8 +53,9 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         if request.include_offsets and size > MAX_OFFSETS_BYTES:
             problem = f"are given for texts of at most {MAX_OFFSETS_BYTES} bytes; this one has {size}"
             raise InvalidRequest.at("include_offsets", problem)
+        run = self._texts.on_places if request.include_offsets else self._texts.on
         try:
-            encoding = await self._texts.on(tenant, text.work_size, lambda: _encoding(request, model, text))
+            encoding = await run(tenant, text.work_size, lambda: _encoding(request, model, text))
         except TextError as error:
             raise InvalidRequest.at("prompt", str(error)) from error
         return await self._texts.on_tokens(tenant, len(encoding.token_ids), _told(request, model, text.text, encoding))

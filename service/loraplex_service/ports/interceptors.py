@@ -31,7 +31,7 @@ from loraplex_service.errors import (
     Unauthenticated,
     trailing_metadata,
 )
-from loraplex_service.ports.receiving import ReceiveLimits, Receiver, check_message
+from loraplex_service.ports.receiving import Received, ReceiveLimits, Receiver, check_message
 from loraplex_service.telemetry.records import NOBODY, CallRecord, Observer
 from loraplex_service.telemetry.trace_context import trace_id_of
 
@@ -87,9 +87,9 @@ class _Method:
         if self.takes_many:
             messages = _checked(self.receiver.all(context), principal, self.path)
             return _entered(messages, principal, enter) if self.receiver.is_conversation else messages
-        message = await self.receiver.one(context)
+        message, size = await self.receiver.one(context)
         check_resource(principal, self.path, message)
-        await check_message(message)
+        await check_message(message, size)
         return message
 
 
@@ -306,14 +306,14 @@ class _StallWatch:
             self._timer = self._loop.call_at(due, self._look)
 
 
-async def _checked(messages: AsyncIterator[Message], principal: Principal, path: str) -> AsyncIterator[Message]:
+async def _checked(received: AsyncIterator[Received], principal: Principal, path: str) -> AsyncIterator[Message]:
     """The messages of a stream, after checking the caller's right to the resource that the first one names."""
     is_first = True
-    async for message in messages:
+    async for message, size in received:
         if is_first:
             check_resource(principal, path, message)
             is_first = False
-        await check_message(message)
+        await check_message(message, size)
         yield message
 
 

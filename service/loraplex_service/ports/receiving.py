@@ -5,7 +5,7 @@ from __future__ import annotations  # grpc's classes are generic to mypy, and no
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
@@ -60,6 +60,13 @@ class ReceiveLimits:
         return max(map(self.bytes_of, methods), default=_OTHER_BYTES)
 
 
+class Received(NamedTuple):
+    """A message, and its size in bytes: to count them again takes milliseconds for a large one."""
+
+    message: Message
+    size: int
+
+
 class Receiver:
     """Receives the messages of one method. No message is received before it is asked for."""
 
@@ -72,22 +79,25 @@ class Receiver:
         self._max_bytes = limits.bytes_of(method)
         self._seconds = limits.message_seconds
 
-    async def one(self, context: Context) -> Message:
+    async def one(self, context: Context) -> Received:
         """The only message of a caller."""
-        message = await self._next(context, self._seconds)
-        if message is None:
+        received = await self._next(context, self._seconds)
+        if received is None:
             raise InvalidRequest.at("request", f"is missing: {self._method} takes one message")
-        return message
+        return received
 
-    async def all(self, context: Context) -> AsyncIterator[Message]:
+    async def all(self, context: Context) -> AsyncIterator[Received]:
         """The messages of a caller, each received when it is asked for."""
         seconds: float | None = self._seconds
-        while (message := await self._next(context, seconds)) is not None:
-            yield message
+        while (received := await self._next(context, seconds)) is not None:
+            yield received
             seconds = None if self.is_conversation else self._seconds
 
-    async def _next(self, context: Context, seconds: float | None) -> Message | None:
-        """The next message; None: there are no more. Raises InvalidRequest, MessageTooLarge, DeadlineExceeded."""
+    async def _next(self, context: Context, seconds: float | None) -> Received | None:
+        """The next message; None: there are no more.
+
+        Raises InvalidRequest, FeatureUnsupported, MessageTooLarge, DeadlineExceeded.
+        """
         try:
             async with asyncio.timeout(seconds):
                 data = await context.read()
@@ -102,7 +112,7 @@ class Receiver:
         try:
             if len(data) > SMALL_BYTES:  # in a thread: the loop has others to serve
                 await asyncio.to_thread(check_wire, data, self._kind)
-            return self._parse(data)
+            return Received(self._parse(data), len(data))
         except DecodeError as error:
             raise InvalidRequest.at(
                 "request", f"{len(data)} bytes that cannot be decoded as a message of {self._method}"
@@ -115,9 +125,12 @@ def _input_of(method: str) -> Descriptor:
     return service_of(service).methods_by_name[name].input_type
 
 
-async def check_message(message: Message) -> None:
-    """Check a message by the table of limits. Raises InvalidRequest, FeatureUnsupported."""
-    if message.ByteSize() > SMALL_BYTES:  # in a thread: the loop has others to serve
+async def check_message(message: Message, size: int | None = None) -> None:
+    """Check a message by the table of limits. `size`: its bytes, where they are known.
+
+    Raises InvalidRequest, FeatureUnsupported.
+    """
+    if (message.ByteSize() if size is None else size) > SMALL_BYTES:  # in a thread: the loop has others to serve
         await asyncio.to_thread(check_request, message)
     else:
         check_request(message)

@@ -60,6 +60,13 @@ class TextWork:
             return do()
         return await self.threads.in_thread(tenant.name, tenant.config.weight, size, do)
 
+    async def on_places(self, tenant: Tenant, size: int, do: Callable[[], T]) -> T:
+        """Run work on a text that gives a place for each token, one text at a time: the objects take the interpreter
+        as long as the library took for them."""
+        if size <= _INLINE_SIZE:
+            return do()
+        return await self.tokens.in_thread(tenant.name, tenant.config.weight, size, do)
+
     async def on_tokens(self, tenant: Tenant, count: int, work: Pieces[T]) -> T:
         """Run work on tokens: at once if there are few, else piece by piece in a turn. Two at once would end no sooner:
         the interpreter does it all."""

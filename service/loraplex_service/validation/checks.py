@@ -24,16 +24,12 @@ from loraplex_service.validation.limits import LIMITS, TOTALS, Entries, Total
 # What the contract has and this server does not. Refused by name; ServerInfo lists them.
 UNSUPPORTED_FIELDS: tuple[str, ...] = ()
 
-# Beyond these, fields that the contract does not have are not even looked at one by one: that takes long.
-MAX_UNKNOWN_BYTES = 64 << 10
 _LIMITS = {**LIMITS, **dialects.LIMITS}
 _OF_ENTRIES = (FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_MESSAGE)
-_UNKNOWN = "is a field that this server's version of the contract does not have"
 
 
 def check_request(request: Message) -> None:
     """Check everything that needs no model. Raises InvalidRequest with every field at fault, FeatureUnsupported."""
-    _check_unknown(request)
     _raise(check_message(request))
 
 
@@ -58,7 +54,7 @@ def check_message(message: Message, path: str = "") -> Iterator[Violation]:
         _check_total(message, TOTALS[kind], path)
     unknown = UnknownFieldSet(message)
     if len(unknown):
-        raise FeatureUnsupported(_at(path, str(unknown[0].field_number)), _UNKNOWN)
+        raise FeatureUnsupported.unknown(_at(path, str(unknown[0].field_number)))
     for field, value in message.ListFields():
         where, name = _at(path, field.name), f"{kind}.{field.name}"
         if name in UNSUPPORTED_FIELDS:
@@ -73,18 +69,6 @@ def check_message(message: Message, path: str = "") -> Iterator[Violation]:
                 yield from check_message(part, where + place)
     if kind in _RULES:
         yield from _RULES[kind](message, path)
-
-
-def _check_unknown(request: Message) -> None:
-    """Raise FeatureUnsupported if there are more unknown fields than may be looked at one by one."""
-    size = request.ByteSize()
-    if size <= MAX_UNKNOWN_BYTES:
-        return
-    known = type(request)()
-    known.CopyFrom(request)
-    known.DiscardUnknownFields()
-    if size - known.ByteSize() > MAX_UNKNOWN_BYTES:
-        raise FeatureUnsupported("request", _UNKNOWN)
 
 
 def _check_total(message: Message, total: Total, path: str) -> None:

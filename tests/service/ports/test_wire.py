@@ -12,9 +12,9 @@ from loraplex.v1 import inference_pb2
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.inference_pb2 import BatchGenerateRequest, GenerateRequest
 from loraplex.v1.prompt_pb2 import Chat, ChatMessage, Prompt, TokenIds
-from loraplex_service.errors import InvalidRequest
+from loraplex_service.errors import FeatureUnsupported, InvalidRequest
 from loraplex_service.ports import wire
-from loraplex_service.ports.wire import MAX_DEPTH, MAX_FIELDS, MAX_NUMBERS, SMALL_BYTES, check_wire
+from loraplex_service.ports.wire import MAX_DEPTH, MAX_FIELDS, MAX_NUMBERS, MAX_UNKNOWN_BYTES, SMALL_BYTES, check_wire
 from tests.service.requests.test_spec_fuzz import message_of
 
 EMPTY_SPEC = b"\x0a\x00"
@@ -38,9 +38,21 @@ def test_fields_of_messages_in_messages_count() -> None:
 
 
 def test_fields_that_nobody_knows_count() -> None:
-    unknown = b"\xf8\x7f\x01"  # field 2047
+    unknown = b"\x78\x01"  # field 15
     with pytest.raises(InvalidRequest, match="fields in all"):
         check_wire(unknown * (MAX_FIELDS + 1), BatchGenerateRequest.DESCRIPTOR)
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [b"\xf8\x7f" + b"\xff" * 8 + b"\x01", b"\xfa\x7f\x09" + b"x" * 9, b"\x08" + b"\xff" * 8 + b"\x01"],
+    ids=["number", "text", "number where messages are"],
+)
+def test_a_message_of_nothing_but_unknown_fields_is_refused_without_looking_at_each(unknown: bytes) -> None:
+    allowed = MAX_UNKNOWN_BYTES // len(unknown)
+    check_wire(unknown * allowed, BatchGenerateRequest.DESCRIPTOR)
+    with pytest.raises(FeatureUnsupported, match="request: is a field"):
+        check_wire(unknown * (allowed + 1), BatchGenerateRequest.DESCRIPTOR)
 
 
 @pytest.mark.parametrize("last", [127, 70_000])
@@ -95,4 +107,5 @@ def test_what_protobuf_writes_is_always_read(data: st.DataObject, kind: Descript
     message.MergeFrom(data.draw(message_of(kind)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wire, "SMALL_BYTES", -1)
+        patch.setattr(wire, "MAX_UNKNOWN_BYTES", 0)  # nothing of it is taken for unknown
         check_wire(message.SerializeToString(), kind)
