@@ -41,8 +41,9 @@ async def receive_files(
                 announce(message.file.size_bytes)
                 await gathering.append(files.name, b"")
             case "chunk":
-                files.take(len(message.chunk))
-                await gathering.append(files.name, message.chunk)
+                chunk = message.chunk  # each look at it is a copy
+                files.take(len(chunk))
+                await gathering.append(files.name, chunk)
                 written(files.name, files.size_bytes, files.num_bytes)
             case _:
                 raise InvalidRequest.at("payload", "after the header come files and their chunks alone")
