@@ -13,6 +13,11 @@ WORK_SECONDS = 0.0003
 # Of the share, while nobody waits for any load: they are ahead of their requests.
 AHEAD = 0.25
 
+# Of the time in which a load that somebody waits for got less than its share, since others had the cores, so much it
+# makes up for. Without that each pause, however short, ends with another wait for a core: such loads took twice as
+# long on a machine that was busy with other work, and the gaps between the tokens beside them were the same.
+MADE_UP_SECONDS = 0.05
+
 # Called between small pieces of work, in the thread that does it; may sleep.
 Rest = Callable[[], None]
 
@@ -34,7 +39,7 @@ class Pace:
         self._clock = clock
         self._lock = threading.Lock()
         self._rested_at = 0.0  # by the clock: when the work that was done so far has been paid for
-        self._part = AHEAD  # of the share
+        self._part, self._made_up = AHEAD, 0.0  # of the share; of what it was kept from
         self._free = threading.Event()
         self._free.set()
 
@@ -45,7 +50,7 @@ class Pace:
 
     def hurry(self, awaited: bool) -> None:
         """Note whether somebody waits for a load from now on. A pause that has begun is not shortened."""
-        self._part = 1.0 if awaited else AHEAD
+        self._part, self._made_up = (1.0, MADE_UP_SECONDS) if awaited else (AHEAD, 0.0)
 
     def begin(self, spent: Callable[[], float] = time.thread_time) -> Rest:
         """Begin a load in its own thread. Returns a function to call between pieces of work.
@@ -53,6 +58,8 @@ class Pace:
         spent: its CPU seconds so far.
         """
         before = spent()
+        with self._lock:
+            self._rested_at = max(self._rested_at, self._clock())
 
         def rest() -> None:
             nonlocal before
@@ -69,8 +76,9 @@ class Pace:
             return 0.0
         with self._lock:
             now = self._clock()
-            self._rested_at = max(now - worked, self._rested_at) + worked / (self._share * self._part)
-            return self._rested_at - now
+            since = max(now - worked - self._made_up, self._rested_at)
+            self._rested_at = since + worked / (self._share * self._part)
+            return max(0.0, self._rested_at - now)
 
 
 def no_rest() -> None:

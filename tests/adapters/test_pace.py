@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from loraplex_adapters.pace import AHEAD, Pace
+from loraplex_adapters.pace import AHEAD, MADE_UP_SECONDS, Pace
 
 
 class Worker:
@@ -59,6 +59,32 @@ def test_a_load_gets_the_whole_share_once_somebody_waits(monkeypatch: pytest.Mon
         worker.work(0.002)
         rest()
     assert worker.pauses == pytest.approx([0.002 / (0.5 * AHEAD) - 0.002, 0.002])
+
+
+@pytest.mark.parametrize(("awaited", "made_up"), [(True, MADE_UP_SECONDS), (False, 0.0)])
+def test_a_load_that_somebody_waits_for_makes_up_for_time_without_a_core_up_to_a_limit(
+    monkeypatch: pytest.MonkeyPatch, awaited: bool, made_up: float
+) -> None:
+    worker = Worker(monkeypatch, share=0.1)
+    worker.pace.steps(running=True)
+    worker.pace.hurry(awaited)
+    part = 1.0 if awaited else AHEAD
+    rest = worker.pace.begin(lambda: worker.cpu)
+    worker.now += 10 * MADE_UP_SECONDS  # others had all cores
+    began = worker.now
+    for _ in range(10):
+        worker.work(0.002)
+        rest()
+    assert worker.now - began == pytest.approx(10 * 0.002 / (0.1 * part) - made_up)
+
+
+def test_a_load_that_begins_has_nothing_to_make_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(monkeypatch, share=0.1)
+    worker.pace.steps(running=True)
+    worker.load(1, 0.002)
+    worker.now += 1.0
+    worker.load(1, 0.002)
+    assert worker.pauses == pytest.approx([0.018, 0.018])
 
 
 def test_two_loads_share_one_share(monkeypatch: pytest.MonkeyPatch) -> None:
