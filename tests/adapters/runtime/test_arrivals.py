@@ -6,6 +6,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -150,17 +151,31 @@ def test_an_adapter_can_be_wanted_before_it_is_read_to_its_end(
     assert loaders.num_loads == 0
 
 
+def infinite(content: bytes) -> bytes:
+    """The weights with another last number."""
+    return content[:-4] + np.float32("inf").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "problem"), [(lambda content: b"fake weights", "not a safetensors file"), (infinite, "infinite values")]
+)
 def test_what_cannot_be_read_while_it_comes_is_read_as_any_other(
-    make_store: MakeStore, loaders: Loaders, uploading: Uploading, key: AdapterKey
+    make_store: MakeStore,
+    loaders: Loaders,
+    uploading: Uploading,
+    key: AdapterKey,
+    spoilt: Callable[[bytes], bytes],
+    problem: str,
 ) -> None:
     store = make_store()
-    uploading.content = b"fake weights"
+    uploading.content = spoilt(uploading.content)
     begin(store, uploading)
     go_on(store, uploading)
     store.register(key, uploading.directory, is_hashed=True, upload=1)
     finished = polled(store)
     assert loaders.num_loads == 1
-    assert "not a safetensors file" in finished.problems[0]
+    assert problem in finished.problems[0]
+    assert not store.holds(key)
 
 
 def test_an_upload_that_has_no_thread_is_read_when_it_is_whole(

@@ -194,6 +194,31 @@ async def test_an_engine_forgets_an_upload_that_is_cancelled(control: ControlPla
         await until(lambda: ended(control) == [1])
 
 
+async def test_an_upload_outlives_the_engine_that_followed_it(control: ControlPlane, tmp_path: Path) -> None:
+    files, engines, go_on = write_adapter(tmp_path / "mine"), control.engines["tiny"], asyncio.Event()
+    config, weights = ((files / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE))
+
+    async def requests() -> AsyncIterator[UploadAdapterRequest]:
+        for message in (HEADER, begin(CONFIG_FILE, len(config)), chunk(config), begin(WEIGHTS_FILE, len(weights))):
+            yield message
+        yield chunk(weights[:10])
+        await go_on.wait()
+        yield chunk(weights[10:])
+
+    async with grpc.aio.insecure_channel(control.addresses.admin) as channel:
+        call = AdapterServiceStub(channel).UploadAdapter(requests())
+        await until(lambda: len(control.core().uploads) == 1)
+        engines.started[0].kill()
+        await until(lambda: len(engines.started) == 2)
+        await control.app.host.get("tiny").wait_settled()
+        go_on.set()
+        uploaded = await call
+    await until(lambda: named(control) == [0])
+    assert control.core().uploads == []
+    answer = await control.client.generate("mine", "abc", max_tokens=1)
+    assert answer.target.adapter_version == uploaded.version
+
+
 async def test_no_engine_reads_what_is_not_known_to_be_trusted(byte_tokenizer_directory: Path, tmp_path: Path) -> None:
     files = write_adapter(tmp_path / "mine")
     tenants = {"shared": TenantConfig(adapter_digests=(digest(files),))}
