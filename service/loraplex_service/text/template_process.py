@@ -17,7 +17,6 @@ from loraplex_service.text.errors import RendererError, TemplateError
 WORKER = Path(__file__).with_name("template_worker.py")
 _START_SECONDS = 60.0  # to start an interpreter on a machine that is busy loading models
 _END_SECONDS = 5.0  # to be gone, once its output is closed
-_LARGE_BYTES = 1 << 20  # a process does not give back the memory that so large a conversation took: it is replaced
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +52,6 @@ class TemplateProcess:
                 answer = await self._ask(line)  # one more try tells
             except _DiedError as error:
                 raise TemplateError("the chat template ended the process that renders it.") from error
-        if max(len(line), len(answer)) > _LARGE_BYTES:
-            await self._kill()
         return await asyncio.to_thread(decode, answer) if is_long else decode(answer)
 
     def stop(self) -> None:

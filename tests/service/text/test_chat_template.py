@@ -21,11 +21,14 @@ from loraplex_service.text import (
     TemplateRenderer,
     template_process,
 )
+from tests.faults.memory import anonymous_mib
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SHARED = REPOSITORY / ".." / "shared" / "data"
 WORKER = REPOSITORY / "service/loraplex_service/text/template_worker.py"
 CONFIGS = [*sorted(SHARED.glob("tokenizer-configs/*.json")), *sorted(SHARED.glob("tokenizers/*/tokenizer_config.json"))]
+
+MOST_KEPT_MIB = 64.0  # of large conversations, by a worker; measured: 15
 
 TOOL = {
     "type": "function",
@@ -369,6 +372,19 @@ async def test_worker_that_was_killed_is_replaced(renderer):
     await render(renderer, "start")
     os.kill(worker_pid(renderer), signal.SIGKILL)
     assert await render(renderer, "fine") == "fine"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_a_worker_stays_after_large_conversations_which_leave_little_memory():
+    large = {"role": "user", "content": "\U0001f600" * (500 << 10)}
+    async with TemplateRenderer(TemplateLimits(workers=1)) as renderer:
+        await render(renderer, "start")
+        pid, before = worker_pid(renderer), anonymous_mib(worker_pid(renderer))
+        for _ in range(6):
+            assert await render(renderer, "{{ messages[0].content }}", large) == large["content"]
+        await render(renderer, "end")
+        assert worker_pid(renderer) == pid  # to start another would hold the event loop
+        assert anonymous_mib(pid) < before + MOST_KEPT_MIB
 
 
 @pytest.mark.parametrize(
