@@ -1115,10 +1115,10 @@ class AsyncClient(_AsyncReader):
         metadata: Mapping[str, str] | None = None,
         wait_for_ready: bool = False,
     ) -> pooling_pb2.ClassifyResponse:
-        """Classify texts, or each of their tokens, with an adapter that has a head for it.
+        """Classify texts, or each of their tokens, with an adapter or a model that has a head for it.
 
         Args:
-            model: Name of an adapter with a classification head, an adapter version or a route.
+            model: Name of an adapter or a model with a classification head, an adapter version or a route.
             prompts: Texts, lists of token ids or lists of chat messages. A string is one text.
             activation: How logits become probabilities: "softmax" or "sigmoid". None: sigmoid for one label alone.
             add_special_tokens: Whether the tokenizer adds its special tokens. None: yes for text, no for chat.
@@ -1196,10 +1196,10 @@ class AsyncClient(_AsyncReader):
         metadata: Mapping[str, str] | None = None,
         wait_for_ready: bool = False,
     ) -> pooling_pb2.RerankResponse:
-        """Say how well documents answer a query, with an adapter that has a head for it. The best one comes first.
+        """Say how well documents answer a query, with an adapter or a model that has a head for it, the best one first.
 
         Args:
-            model: Name of an adapter with a classification head, an adapter version or a route.
+            model: Name of an adapter or a model with a classification head, an adapter version or a route.
             query: What is asked.
             documents: What may answer it.
             template: Text with {query} and {document} in it, as the head was trained with. None: two lines.

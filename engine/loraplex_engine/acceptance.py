@@ -31,8 +31,10 @@ def problem_with(message: AddRequest, limits: EngineLimits) -> str:
         return f"token ids must lie in 0 to {limits.vocab_size - 1}"
     if not sampling.can_draw:
         return "no token could be drawn: allowed_token_ids is empty, or all of its tokens end the output too early"
-    if message.pooling is not None and message.pooling.classify and message.adapter is None:
+    if message.pooling is not None and message.pooling.classify and message.adapter is None and not limits.classifier:
         return "there is no classification head without an adapter"
+    if message.pooling is None and limits.classifier is not None:
+        return f"{limits.architecture} has a classification head, and generates no text"
     if message.pooling is not None and sampling.max_tokens:
         return f"max_tokens is {sampling.max_tokens}: it must be 0 where hidden states are pooled"
     if sampling.max_tokens < 0:

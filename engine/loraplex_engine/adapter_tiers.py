@@ -12,6 +12,7 @@ from loraplex_adapters.runtime.pool import AdapterPool
 from loraplex_adapters.runtime.store import AdapterStore, FinishedLoad
 from loraplex_adapters.runtime.weights import LoadedAdapter
 from loraplex_engine.link.messages import AdapterFacts, AdaptersChanged, AdapterStatus, FromEngine, WantAdapter
+from loraplex_engine.link.pooling import ClassifierFacts
 
 
 class AdapterTiers:
@@ -143,6 +144,5 @@ def _facts(loaded: LoadedAdapter) -> AdapterFacts:
         target_modules=list(loaded.target_modules),
         warnings=list(loaded.warnings),
         whole=loaded.whole,
-        num_labels=loaded.num_labels,
-        each_token=loaded.each_token,
+        classifier=ClassifierFacts(loaded.num_labels, loaded.each_token) if loaded.num_labels else None,
     )

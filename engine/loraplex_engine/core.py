@@ -108,7 +108,11 @@ class EngineCore:
         self.forms = FormPreparer(self.limits.vocab_size, TokenTexts)
         self.scheduler = Scheduler(
             self.blocks,
-            [AdapterPreparer(pool), self.forms, *([self.tiers.prefixes] if self.tiers else [])],
+            [
+                AdapterPreparer(pool, self.limits.classifier is not None),
+                self.forms,
+                *([self.tiers.prefixes] if self.tiers else []),
+            ],
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=runner.max_model_len,

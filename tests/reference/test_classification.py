@@ -37,6 +37,7 @@ HEADS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "entities": ("TOKEN_CLS", 7, {"target_modules": ["k_proj", "o_proj"]}),
     "tags": ("TOKEN_CLS", 2, {"target_modules": ["gate_proj"], "modules_to_save": ["score"]}),
 }
+PARAMS = {name: TOKENS if task == "TOKEN_CLS" else SEQUENCE for name, (task, *_) in HEADS.items()}
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3-tied"])  # transformers classifies no tokens with Gemma 3
@@ -70,12 +71,11 @@ class Classifier(Embedder):
 
     def __init__(self, oracle: Oracle, **fields: Any) -> None:
         super().__init__(oracle, **fields)
-        self.classified: dict[int, tuple[str, list[int]]] = {}
+        self.classified: dict[int, tuple[str | None, list[int]]] = {}
 
-    def classify(self, prompt: list[int], adapter: str) -> None:
+    def classify(self, prompt: list[int], adapter: str | None, params: PoolingParams) -> None:
         number = 2000 + len(self.classified)
         self.classified[number] = adapter, prompt
-        params = TOKENS if HEADS[adapter][0] == "TOKEN_CLS" else SEQUENCE
         sampling = SamplingParams(seed=0, max_tokens=0)
         self.core.add(AddRequest(number, prompt, sampling, self.oracle.keys[adapter], pooling=params))
 
@@ -95,7 +95,7 @@ class Classifier(Embedder):
 def test_heads_of_many_adapters_equal_peft_beside_embeddings_and_generation(oracle: Oracle):
     engine = Classifier(oracle, max_num_batched_tokens=64)
     for index, name in enumerate([*HEADS] * 4):
-        engine.classify(random_prompt(1 + 9 * index % 50, index), name)
+        engine.classify(random_prompt(1 + 9 * index % 50, index), name, PARAMS[name])
         engine.embed(random_prompt(1 + index, 50 + index), [None, name][index % 2], PoolingParams())
         engine.add(random_prompt(1 + index, 100 + index), [None, "plain"][index % 2])
     engine.finish()
@@ -107,7 +107,7 @@ def test_prompts_to_classify_are_computed_in_chunks_and_after_preemption(oracle:
     for index in range(3):
         engine.add(random_prompt(9, 50 + index), [None, "plain"][index % 2], max_tokens=40)
     for index, name in enumerate(["entities", "sentiment", "tags"]):
-        engine.classify(random_prompt(60, index), name)
+        engine.classify(random_prompt(60, index), name, PARAMS[name])
     engine.finish()
     assert engine.core.scheduler.num_preemptions
     engine.check()
@@ -116,7 +116,7 @@ def test_prompts_to_classify_are_computed_in_chunks_and_after_preemption(oracle:
 def test_a_cached_prefix_serves_a_sequence_and_not_its_tokens(oracle: Oracle):
     engine = Classifier(oracle)
     for name in ("sentiment", "sentiment", "entities", "entities"):
-        engine.classify(random_prompt(24, 1), name)
+        engine.classify(random_prompt(24, 1), name, PARAMS[name])
         engine.finish()
     engine.check()
     assert list(engine.cached.values()) == [0, 20, 0, 0]
@@ -134,7 +134,7 @@ def test_a_request_that_its_adapter_was_not_made_for_fails_alone(
     oracle: Oracle, adapter: str | None, pooling: PoolingParams | None, problem: str
 ):
     engine = Classifier(oracle)
-    engine.classify(random_prompt(5, 1), "sentiment")
+    engine.classify(random_prompt(5, 1), "sentiment", SEQUENCE)
     sampling = SamplingParams(seed=0, max_tokens=0 if pooling else 3)
     engine.core.add(AddRequest(9, random_prompt(5, 1), sampling, oracle.keys[adapter], pooling=pooling))
     outputs: dict[int, RequestOutput] = {}
@@ -150,7 +150,7 @@ def test_a_request_that_its_adapter_was_not_made_for_fails_alone(
 
 def test_a_head_counts_in_the_bytes_of_its_adapter(oracle: Oracle, tmp_path: Path):
     engine = Classifier(oracle)
-    engine.classify([1], "dora")
+    engine.classify([1], "dora", SEQUENCE)
     engine.finish()
     with_head = engine.core.store.get(oracle.key("dora"))
     assert with_head is not None

@@ -33,7 +33,7 @@ from loraplex_engine.link.messages import (
     TokenLogprobs,
     WantAdapter,
 )
-from loraplex_engine.link.pooling import PoolingMethod
+from loraplex_engine.link.pooling import ClassifierFacts, PoolingMethod
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 
 LIMITS = EngineLimits(
@@ -89,7 +89,7 @@ class FakeEngine:
         self.pinned: set[AdapterKey] = set()
         self.rejected_adapters: dict[str, list[str]] = {}  # problems, by path
         self.whole_adapters: dict[str, str] = {}  # why they cannot be composed, by path
-        self.heads: dict[str, tuple[int, bool]] = {}  # labels, and whether they are of tokens, by path
+        self.heads: dict[str, ClassifierFacts] = {}  # of adapters, by path
         self.loads_allowed = True  # else loads wait until `allow_loads`
         self._waiting_wishes: list[WantAdapter] = []
         self._script_of: dict[int, Sequence[int]] = {}
@@ -240,8 +240,10 @@ class FakeEngine:
         tokens = request.prompt_token_ids
         if not request.pooling.classify:
             return array("f", tokens).tobytes()
-        assert request.adapter is not None
-        labels = range(self.adapters[request.adapter].num_labels)
+        facts = None if request.adapter is None else self.adapters.get(request.adapter)  # there are none of sums
+        head = self.limits.classifier if facts is None or facts.classifier is None else facts.classifier
+        assert head is not None
+        labels = range(head.num_labels)
         rows = tokens if request.pooling.method is PoolingMethod.EACH else tokens[-1:]
         return array("f", [token - 97 - label for token in rows for label in labels]).tobytes()
 
@@ -252,7 +254,7 @@ class FakeEngine:
             self.adapters.pop(key, None)
         elif wish.path and not problems:
             self.adapters[key] = AdapterFacts(
-                8, 1024, ["q_proj"], [], self.whole_adapters.get(wish.path, ""), *self.heads.get(wish.path, (0, False))
+                8, 1024, ["q_proj"], [], self.whole_adapters.get(wish.path, ""), self.heads.get(wish.path)
             )
         if not problems:
             least = Residency.DEVICE if wish.pinned else wish.least

@@ -1,4 +1,4 @@
-"""Classification heads that adapters bring: linears over hidden states, by slot."""
+"""Classification heads: linears over hidden states. Adapters bring them, by slot, and a base model may have its own."""
 
 from __future__ import annotations
 
@@ -45,25 +45,33 @@ class ClassifierHead:
 
 
 class ClassifierTable:
-    """The heads of the adapters on the device, by slot."""
+    """The heads on the device: those of adapters by slot, and the base model's."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, base: ClassifierHead | None = None) -> None:
         self._device = device
-        self.heads: dict[int, ClassifierHead] = {}
+        self._base = base
+        self._heads: dict[int, ClassifierHead] = {}
 
     def put(self, slot: int, packed: object) -> None:
         assert isinstance(packed, ClassifierHead)
-        self.heads[slot] = packed.to(self._device)
+        self._heads[slot] = packed.to(self._device)
 
     def remove(self, slot: int) -> None:
-        self.heads.pop(slot, None)
+        self._heads.pop(slot, None)
+
+    def of(self, slot: int | None) -> ClassifierHead:
+        """The head of the adapter in a slot, or the base model's where it brings none. slot: None: no adapter."""
+        own = None if slot is None else self._heads.get(slot)
+        head = self._base if own is None else own
+        assert head is not None, "checked when the request came"
+        return head
 
 
 class ClassifierSite:
     """The pool's interface for the heads of adapters."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.table = ClassifierTable(device)
+    def __init__(self, device: torch.device, base: ClassifierHead | None = None) -> None:
+        self.table = ClassifierTable(device, base)
 
 
 def bind_head(

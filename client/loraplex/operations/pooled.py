@@ -55,10 +55,10 @@ def classify(
     activation: pooling_pb2.Activation.ValueType | str | None = None,
     **options: Unpack[PoolingArguments],
 ) -> Operation[pooling_pb2.ClassifyResponse]:
-    """Classify texts, or each of their tokens, with an adapter that has a head for it.
+    """Classify texts, or each of their tokens, with an adapter or a model that has a head for it.
 
     Args:
-        model: Name of an adapter with a classification head, an adapter version or a route.
+        model: Name of an adapter or a model with a classification head, an adapter version or a route.
         prompts: Texts, lists of token ids or lists of chat messages. A string is one text.
         activation: How logits become probabilities: "softmax" or "sigmoid". None: sigmoid for one label alone.
     """
@@ -84,10 +84,10 @@ def rerank(
     keep_order: bool | None = None,
     **options: Unpack[RerankArguments],
 ) -> Operation[pooling_pb2.RerankResponse]:
-    """Say how well documents answer a query, with an adapter that has a head for it. The best one comes first.
+    """Say how well documents answer a query, with an adapter or a model that has a head for it, the best one first.
 
     Args:
-        model: Name of an adapter with a classification head, an adapter version or a route.
+        model: Name of an adapter or a model with a classification head, an adapter version or a route.
         query: What is asked.
         documents: What may answer it.
         template: Text with {query} and {document} in it, as the head was trained with. None: two lines.

@@ -55,7 +55,7 @@ class _ModelCapabilityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper
     MODEL_CAPABILITY_BEAM_SEARCH: _ModelCapability.ValueType  # 11
     """Takes GenerateSpec.beam_search."""
     MODEL_CAPABILITY_CLASSIFY: _ModelCapability.ValueType  # 12
-    """Answers PoolingService.Classify with adapters that have heads: every model that takes adapters does."""
+    """Answers PoolingService.Classify, with adapters that have heads or with its own: every model that takes adapters does."""
     MODEL_CAPABILITY_RERANK: _ModelCapability.ValueType  # 13
     """Answers PoolingService.Rerank, likewise."""
 
@@ -87,7 +87,7 @@ MODEL_CAPABILITY_EMBED: ModelCapability.ValueType  # 10
 MODEL_CAPABILITY_BEAM_SEARCH: ModelCapability.ValueType  # 11
 """Takes GenerateSpec.beam_search."""
 MODEL_CAPABILITY_CLASSIFY: ModelCapability.ValueType  # 12
-"""Answers PoolingService.Classify with adapters that have heads: every model that takes adapters does."""
+"""Answers PoolingService.Classify, with adapters that have heads or with its own: every model that takes adapters does."""
 MODEL_CAPABILITY_RERANK: ModelCapability.ValueType  # 13
 """Answers PoolingService.Rerank, likewise."""
 Global___ModelCapability: typing_extensions.TypeAlias = ModelCapability

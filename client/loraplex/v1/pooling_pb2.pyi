@@ -310,7 +310,9 @@ class ClassifyRequest(google.protobuf.message.Message):
     ACTIVATION_FIELD_NUMBER: builtins.int
     OPTIONS_FIELD_NUMBER: builtins.int
     model: builtins.str
-    """What classifies: an adapter with a head, or a route to one, as in GenerateSpec.model. Required. At most 512 characters."""
+    """What classifies: an adapter or a model with a head, or a route to one, as in GenerateSpec.model. Required. At most 512
+    characters.
+    """
     activation: Global___Activation.ValueType
     """How logits become probabilities."""
     @property
@@ -419,7 +421,9 @@ class RerankRequest(google.protobuf.message.Message):
     KEEP_ORDER_FIELD_NUMBER: builtins.int
     OPTIONS_FIELD_NUMBER: builtins.int
     model: builtins.str
-    """What judges: an adapter with a head, or a route to one, as in GenerateSpec.model. Required. At most 512 characters."""
+    """What judges: an adapter or a model with a head, or a route to one, as in GenerateSpec.model. Required. At most 512
+    characters.
+    """
     query: builtins.str
     """What is asked. Required. At most 65,536 characters."""
     template: builtins.str

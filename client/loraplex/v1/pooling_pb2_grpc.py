@@ -81,15 +81,15 @@ class PoolingServiceServicer(object):
 
     def Classify(self, request, context):
         """Classifies texts, or each of their tokens, with the head that an adapter brings (PEFT's task_type SEQ_CLS or
-        TOKEN_CLS). A model, and an adapter without a head, are refused with FEATURE_UNSUPPORTED.
+        TOKEN_CLS), or else with that of the model, if it was made to classify. Where neither has one, FEATURE_UNSUPPORTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Rerank(self, request, context):
-        """Says how well documents answer a query, with an adapter whose head classifies whole texts and has one label, or two:
-        then the second one says "relevant". Others are refused with FEATURE_UNSUPPORTED.
+        """Says how well documents answer a query, with an adapter or a model whose head classifies whole texts and has one label,
+        or two: then the second one says "relevant". Others are refused with FEATURE_UNSUPPORTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -121,12 +121,12 @@ class PoolingServiceStub(typing.Generic[_PoolingServiceEmbedType, _PoolingServic
 
     Classify: _PoolingServiceClassifyType
     """Classifies texts, or each of their tokens, with the head that an adapter brings (PEFT's task_type SEQ_CLS or
-    TOKEN_CLS). A model, and an adapter without a head, are refused with FEATURE_UNSUPPORTED.
+    TOKEN_CLS), or else with that of the model, if it was made to classify. Where neither has one, FEATURE_UNSUPPORTED.
     """
 
     Rerank: _PoolingServiceRerankType
-    """Says how well documents answer a query, with an adapter whose head classifies whole texts and has one label, or two:
-    then the second one says "relevant". Others are refused with FEATURE_UNSUPPORTED.
+    """Says how well documents answer a query, with an adapter or a model whose head classifies whole texts and has one label,
+    or two: then the second one says "relevant". Others are refused with FEATURE_UNSUPPORTED.
     """
 
 PoolingServiceAsyncStub: typing_extensions.TypeAlias = PoolingServiceStub[
@@ -170,7 +170,7 @@ class PoolingServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.pooling_pb2.ClassifyResponse, collections.abc.Awaitable[loraplex.v1.pooling_pb2.ClassifyResponse]]:
         """Classifies texts, or each of their tokens, with the head that an adapter brings (PEFT's task_type SEQ_CLS or
-        TOKEN_CLS). A model, and an adapter without a head, are refused with FEATURE_UNSUPPORTED.
+        TOKEN_CLS), or else with that of the model, if it was made to classify. Where neither has one, FEATURE_UNSUPPORTED.
         """
 
     @abc.abstractmethod
@@ -179,8 +179,8 @@ class PoolingServiceServicer(metaclass=abc.ABCMeta):
         request: loraplex.v1.pooling_pb2.RerankRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.v1.pooling_pb2.RerankResponse, collections.abc.Awaitable[loraplex.v1.pooling_pb2.RerankResponse]]:
-        """Says how well documents answer a query, with an adapter whose head classifies whole texts and has one label, or two:
-        then the second one says "relevant". Others are refused with FEATURE_UNSUPPORTED.
+        """Says how well documents answer a query, with an adapter or a model whose head classifies whole texts and has one label,
+        or two: then the second one says "relevant". Others are refused with FEATURE_UNSUPPORTED.
         """
 
 def add_PoolingServiceServicer_to_server(servicer: PoolingServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from loraplex_adapters.runtime.classifier import CLASSIFIER_SITE, ClassifierHead, ClassifierSite
+from loraplex_adapters.runtime.classifier import CLASSIFIER_SITE, ClassifierSite, ClassifierTable
 from loraplex_adapters.runtime.layer import LoRALinear, Site
 from loraplex_adapters.runtime.replaced import REPLACED_SITE, ReplacementSite
 from loraplex_adapters.runtime.targets import LoraTarget
@@ -35,6 +35,7 @@ class BorrowedFacts:
     quantization: str
     pooling: ModelPooling
     labels: tuple[str, ...]
+    classifier = None  # the classes are those of language models
 
 
 @dataclass
@@ -106,8 +107,8 @@ class BorrowedModel:
             step.hidden, step.lora = None, None
 
     @property
-    def classifiers(self) -> Mapping[int, ClassifierHead]:
-        return self._classifiers.table.heads
+    def classifiers(self) -> ClassifierTable:
+        return self._classifiers.table
 
     def can_be_captured(self, lora: LoraSegments | None) -> bool:
         return False

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from loraplex_adapters.runtime.layer import LoRALinear
-from loraplex_engine.link.pooling import STATES_NOTHING, ModelPooling
+from loraplex_engine.link.pooling import STATES_NOTHING, ClassifierFacts, ModelPooling
 from loraplex_kernels.ops import HeadShape, LoraSegments, Ops
 
 
@@ -254,12 +254,19 @@ class ModelConfig:
     quantization: str = ""  # how the weights are stored, for people; "" for none
     pooling: ModelPooling = STATES_NOTHING
     labels: tuple[str, ...] = ()  # of classes; empty: the checkpoint names none
+    classifier: ClassifierFacts | None = None  # the head that it has in place of a language model's
+    classifier_bias: bool = False
     unused_tensors: tuple[str, ...] = ()  # prefixes of checkpoint names that text generation does not read
     aliases: tuple[tuple[str, str], ...] = ()  # parts of other names that modules have elsewhere, and ours
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def generates(self) -> bool:
+        """Whether it has the head of a language model."""
+        return self.classifier is None
 
     @property
     def value_dim(self) -> int:

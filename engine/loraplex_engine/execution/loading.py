@@ -75,6 +75,10 @@ def load_runners(
         runner = _first_runner(config, path, ops, report, others)
         small = msgspec.structs.replace(small, max_model_len=runner.max_model_len)
         model = _load(small, small_path, ops)
+        if model.config.classifier is not None:
+            raise ValueError(
+                f"{small_path}: {model.config.architecture} generates no text: choose another model to draft"
+            )
         longest = min(runner.max_model_len, model.config.max_position_embeddings)
         small = msgspec.structs.replace(small, max_model_len=longest)
         beside = ModelRunner(model, ops, small)

@@ -17,6 +17,7 @@ from loraplex_engine.execution.host_cache import staging_bytes
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.link.config import USUAL_MEMORY_FRACTION, EngineConfig
 from loraplex_engine.link.messages import AddRequest
+from loraplex_engine.link.pooling import PoolingMethod, PoolingParams
 from loraplex_engine.link.sampling_params import SamplingParams
 from loraplex_engine.scheduling.request import Request
 from loraplex_engine.scheduling.step import ScheduledRequest, StepPlan
@@ -47,31 +48,50 @@ def cache_budget(runner: ModelRunner, config: EngineConfig) -> int:
     return max(left, 0)
 
 
-def largest_step(config: EngineConfig, max_model_len: int, block_size: int) -> StepPlan:
-    """The largest step: the most tokens, of the most sequences, with an adapter and all log-probabilities."""
+def largest_step(config: EngineConfig, max_model_len: int, block_size: int, draws: bool = True) -> StepPlan:
+    """The largest step: the most tokens, of the most sequences, with an adapter and all log-probabilities.
+
+    draws: whether the model has the head of a language model; else all hidden states are pooled.
+    """
     count = min(config.max_num_seqs, config.max_num_batched_tokens)
     share, rest = divmod(config.max_num_batched_tokens, count)
     lengths = [min(share + (index < rest), max_model_len - 1) for index in range(count)]
+    if not draws:
+        return StepPlan(tuple(_pooled_prompt(index, length, block_size) for index, length in enumerate(lengths)))
     drafts = [min(config.most_drawn - count, lengths[0] - 1), *[0] * (count - 1)]
     prompts = (_prompt(*each, block_size) for each in zip(range(count), lengths, drafts, strict=True))
     return StepPlan(tuple(prompts))
 
 
 def _prompt(request_id: int, length: int, drafts: int, block_size: int) -> ScheduledRequest:
-    """A request with a whole prompt, drafts at its end, and the costliest sampling. All of its blocks are the first."""
+    """A request with a whole prompt, drafts at its end, and the costliest sampling."""
     sampling = SamplingParams(
         seed=0, max_tokens=1, top_k=1, repetition_penalty=2.0, num_logprobs=1, num_prompt_logprobs=1
     )
-    request = Request(AddRequest(request_id, [0] * (length - drafts), sampling, None), request_id, now=0.0)
-    request.adapter_slot = 0  # with nothing in it
+    message = AddRequest(request_id, [0] * (length - drafts), sampling, None)
+    return ScheduledRequest(_placed(message, length, block_size), 0, length - drafts, (0,) * drafts)
+
+
+def _pooled_prompt(request_id: int, length: int, block_size: int) -> ScheduledRequest:
+    """A request of whose whole prompt the hidden states are read."""
+    sampling, pooling = SamplingParams(seed=0, max_tokens=0), PoolingParams(method=PoolingMethod.MEAN)
+    message = AddRequest(request_id, [0] * length, sampling, None, pooling=pooling)
+    return ScheduledRequest(_placed(message, length, block_size), 0, length)
+
+
+def _placed(message: AddRequest, length: int, block_size: int) -> Request:
+    """The request with an adapter's slot, in which there is nothing, and with the first block for all of its tokens."""
+    request = Request(message, message.request_id, now=0.0)
+    request.adapter_slot = 0
     request.block_ids = [0] * -(-length // block_size)
-    return ScheduledRequest(request, 0, length - drafts, (0,) * drafts)
+    return request
 
 
 def _run_largest_step(runner: ModelRunner, config: EngineConfig) -> None:
     reserve_adapters(runner.model, config.max_adapter_rank)
     try:
-        runner.execute(largest_step(config, runner.max_model_len, runner.block_size)).result()
+        draws = runner.model.config.classifier is None
+        runner.execute(largest_step(config, runner.max_model_len, runner.block_size, draws)).result()
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"{runner.ops.device} has no room for a step of {config.max_num_batched_tokens} tokens beside the weights: "

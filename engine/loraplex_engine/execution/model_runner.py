@@ -100,6 +100,7 @@ class ModelRunner:
             hidden_size=model.config.hidden_size,
             pooling=model.config.pooling,
             labels=list(model.config.labels),
+            classifier=model.config.classifier,
             implementation=model.implementation,
             drafts=NO_DRAFTS if config.drafts is None else config.drafts.offered,
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loraplex_adapters.runtime.classifier import ClassifierHead
+from loraplex_adapters.runtime.classifier import ClassifierTable
 from loraplex_engine.execution.arrays import PooledRows
 from loraplex_engine.link.pooling import PoolingMethod
 from loraplex_kernels.finite import all_finite
@@ -28,8 +28,8 @@ class Pooled:
 NOTHING_POOLED: Reading[Pooled] = Reading((), lambda here: Pooled())
 
 
-def pool(hidden: Tensor, wanted: Sequence[PooledRows], heads: Mapping[int, ClassifierHead]) -> Reading[Pooled]:
-    """hidden: [sum of num_rows, C], the requests' rows one after another. heads: by slot."""
+def pool(hidden: Tensor, wanted: Sequence[PooledRows], heads: ClassifierTable) -> Reading[Pooled]:
+    """hidden: [sum of num_rows, C], the requests' rows one after another."""
     own = torch.split(hidden, [rows.num_rows for rows in wanted])
     parts = [_part(each, rows, heads) for each, rows in zip(own, wanted, strict=True)]
 
@@ -41,15 +41,14 @@ def pool(hidden: Tensor, wanted: Sequence[PooledRows], heads: Mapping[int, Class
     return Reading(parts, finish)
 
 
-def _part(hidden: Tensor, rows: PooledRows, heads: Mapping[int, ClassifierHead]) -> Tensor:
+def _part(hidden: Tensor, rows: PooledRows, heads: ClassifierTable) -> Tensor:
     """What the device makes of a request's rows.  hidden: [R, C]
 
     Logits: float32 [R, labels]; a sum: float64 [C], so that it does not show in the result where a prompt was cut into
     chunks; the last row: [C].
     """
     if rows.params.classify:
-        assert rows.slot is not None, "checked when the request came"
-        return heads[rows.slot](hidden)
+        return heads.of(rows.slot)(hidden)
     return hidden.sum(dim=0, dtype=torch.float64) if rows.params.method is PoolingMethod.MEAN else hidden[-1]
 
 

@@ -24,6 +24,8 @@ from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.sizes import Needs
 from loraplex_engine.models import read_model_config
 from loraplex_engine.models.layout import (
+    CLASSIFIER,
+    CLASSIFIER_BIAS,
     EMBEDDING,
     HEAD,
     HEAD_BIAS,
@@ -95,7 +97,7 @@ def _stored_bytes(model: ModelConfig, dtype: torch.dtype, stored: int, shard: Sh
     if shard == WHOLE:
         return stored
     embedding = min(stored, model.vocab_size * model.hidden_size * dtype.itemsize)
-    head = 0 if model.tie_word_embeddings else min(stored - embedding, embedding)
+    head = 0 if model.tie_word_embeddings or not model.generates else min(stored - embedding, embedding)
     of_layers = (stored - embedding - head) * len(shard.layers(model.num_layers)) // model.num_layers
     ends = embedding if shard.is_first else 0
     return ends + -(-(of_layers + (head if shard.is_first else 0)) // shard.world)
@@ -111,10 +113,12 @@ def weight_bytes(model: ModelConfig, dtype: torch.dtype, config: EngineConfig, s
     total = 0.0
     if shard.is_first:
         table, head_bias = math.prod(shapes[EMBEDDING]), math.prod(shapes.get(HEAD_BIAS, (0,)))
-        head = shard.widest(model.vocab_size) * model.hidden_size
         total += (table + head_bias) * dtype.itemsize
-        total += head * ROUNDED_BYTES.get(config.head_quantization or "", dtype.itemsize)
-        rest -= 2 * table + head_bias
+        rest -= table + head_bias
+        if model.generates:
+            head = shard.widest(model.vocab_size) * model.hidden_size
+            total += head * ROUNDED_BYTES.get(config.head_quantization or "", dtype.itemsize)
+            rest -= table
     for layer in shard.layers(model.num_layers):
         for linear in layer_linears(model, layer):
             rows = sum(size for _, size in linear.parts)
@@ -132,8 +136,8 @@ def weight_bytes(model: ModelConfig, dtype: torch.dtype, config: EngineConfig, s
 def _held_shapes(model: ModelConfig, shard: Shard) -> dict[str, tuple[int, ...]]:
     """The tensors of which the rank has a part, whole; on the first stage the head, be it the embedding."""
     shapes = tensor_shapes(model)
-    ends = {EMBEDDING: shapes[EMBEDDING], HEAD: shapes[EMBEDDING]}
-    ends |= {HEAD_BIAS: shapes[HEAD_BIAS]} if model.head_bias else {}
+    ends = {name: shapes[name] for name in (EMBEDDING, HEAD_BIAS, CLASSIFIER, CLASSIFIER_BIAS) if name in shapes}
+    ends |= {HEAD: shapes[EMBEDDING]} if model.generates else {}
     norm = {name: shapes[name] for name in norm_tensors(model, final_norm(model))}
     own = tuple(f"model.layers.{layer}." for layer in shard.layers(model.num_layers))
     of_layers = {name: shape for name, shape in shapes.items() if name.startswith(own)}

@@ -9,7 +9,7 @@ from loraplex_adapters.key import AdapterKey
 from loraplex_adapters.residency import Residency
 from loraplex_engine.link.beams import Beams
 from loraplex_engine.link.drafts import NO_DRAFTS, Drafts
-from loraplex_engine.link.pooling import STATES_NOTHING, ModelPooling, PoolingParams
+from loraplex_engine.link.pooling import STATES_NOTHING, ClassifierFacts, ModelPooling, PoolingParams
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from loraplex_engine.link.sizes import DeviceMemory, Needs
 
@@ -265,6 +265,7 @@ class EngineLimits(msgspec.Struct, array_like=True, frozen=True):
     implementation: str = "native"  # or "transformers"
     drafts: Drafts = NO_DRAFTS  # what requests have that do not ask for others; none: no request may have any
     compiled_for: str = ""  # the instruction set or the GPU that its kernels are compiled for
+    classifier: ClassifierFacts | None = None  # the head in place of a language model's: it generates no text
 
 
 class EngineSized(Message, frozen=True):
@@ -307,8 +308,7 @@ class AdapterFacts(msgspec.Struct, array_like=True, frozen=True):
     target_modules: list[str]  # short names, sorted: "q_proj", …
     warnings: list[str]
     whole: str = ""  # why it cannot be one of several in a composition; "": it can
-    num_labels: int = 0  # of its classification head; 0: it has none
-    each_token: bool = False  # whether the head classifies tokens; else whole prompts
+    classifier: ClassifierFacts | None = None  # its classification head; None: it brings none
 
 
 class AdapterStatus(msgspec.Struct, array_like=True, frozen=True):

@@ -20,7 +20,7 @@ class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     method: PoolingMethod = PoolingMethod.LAST
-    classify: bool = False  # give the logits of the adapter's classification head
+    classify: bool = False  # give the logits of the classification head: the adapter's, else the model's own
     dimensions: int | None = None  # keep so many, the first ones; None: all
     normalize: bool = False  # to length 1
 
@@ -39,3 +39,10 @@ class ModelPooling(msgspec.Struct, array_like=True, frozen=True):
 
 
 STATES_NOTHING = ModelPooling()  # of a checkpoint
+
+
+class ClassifierFacts(msgspec.Struct, array_like=True, frozen=True):
+    """What is known of a classification head."""
+
+    num_labels: int
+    each_token: bool  # whether it classifies tokens; else whole prompts

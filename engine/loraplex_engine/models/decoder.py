@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loraplex_adapters.runtime.classifier import CLASSIFIER_SITE, ClassifierHead, ClassifierSite
+from loraplex_adapters.runtime.classifier import CLASSIFIER_SITE, ClassifierHead, ClassifierSite, ClassifierTable
 from loraplex_adapters.runtime.layer import EMBEDDING_SITE, AdaptedNorm, LoRAEmbedding, LoRALinear, Site
 from loraplex_adapters.runtime.replaced import REPLACED_SITE, ReplacementSite
 from loraplex_adapters.runtime.targets import BaseWeight, LoraTarget
@@ -71,8 +71,9 @@ class Ends:
     """What the first stage has beside layers: tokens come in there, and logits leave."""
 
     embedding: LoRAEmbedding
-    head: LoRALinear
+    head: LoRALinear | None  # None: the model has a classification head in its place
     head_rounding: Callable[[Tensor], Tensor] | None  # of the checkpoint's rows, while they were loaded
+    classifier: ClassifierHead | None = None
 
 
 class LanguageModel:
@@ -105,13 +106,14 @@ class LanguageModel:
         self._layers = dict(zip(self.shard.layers(config.num_layers), layers, strict=True))  # by their number
         self._final_norm = final_norm
         self._replaced = replaced
-        self._classifiers = ClassifierSite(ops.device)
+        self._classifiers = ClassifierSite(ops.device, None if ends is None else ends.classifier)
         self.num_layers = len(layers)
         self.head_shape = held_heads(config, self.shard)
         self._chunks = {layer.chunk for layer in layers if layer.chunk is not None}
         # How many rows each expert has is read back from the device, and so is where chunks end.
         experts = any(isinstance(layout, MixtureLayout) for layout in config.feed_forwards)
-        self.capturable = not experts and not self._chunks and self.shard.processes == 1
+        # Graphs are of steps that draw: a classifier has none.
+        self.capturable = not experts and not self._chunks and self.shard.processes == 1 and config.generates
         # Rounded as the weights are: 50.6 is 50.5 in bfloat16, and so the models were trained.
         scale = config.embedding_scale
         self._embedding_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype).item()
@@ -168,6 +170,7 @@ class LanguageModel:
         alone.
         """
         assert self._ends is not None, "only the first stage has the head"
+        assert self._ends.head is not None, "checked when the request came"
         logits = self._ends.head(hidden, lora).float()
         if self.config.logits_scale is not None:
             logits *= self.config.logits_scale
@@ -175,9 +178,9 @@ class LanguageModel:
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     @property
-    def classifiers(self) -> Mapping[int, ClassifierHead]:
-        """The heads of the adapters on the device, by slot: for hidden states as `forward` returns them."""
-        return self._classifiers.table.heads
+    def classifiers(self) -> ClassifierTable:
+        """The classification heads, for hidden states as `forward` returns them."""
+        return self._classifiers.table
 
     def can_be_captured(self, lora: LoraSegments | None) -> bool:
         """Whether a captured graph can replace `forward`: it cannot for adapters that do more than their
@@ -194,7 +197,7 @@ class LanguageModel:
         bases |= {site: norm for site, norm in self._norms().items() if norm.bias is not None}
         targets = lora_targets(self.config, self.shard)
         targets = {path: replace(target, base=bases.get(target.site)) for path, target in targets.items()}
-        if self._ends is not None:
+        if self._ends is not None and self._ends.head is not None:
             targets[HEAD_MODULE] = replace(targets[HEAD_MODULE], rounding=self._ends.head_rounding)
         return targets
 
@@ -215,7 +218,8 @@ class LanguageModel:
             for index, layer in self._layers.items()
             for spec, linear in zip(layer_linears(self.config, index), layer.linears, strict=True)
         }
-        return linears if self._ends is None else {**linears, HEAD_SITE: self._ends.head}
+        head = None if self._ends is None else self._ends.head
+        return linears if head is None else {**linears, HEAD_SITE: head}
 
     def _norms(self) -> dict[str, AdaptedNorm]:
         norms = {

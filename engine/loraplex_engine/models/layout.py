@@ -15,6 +15,7 @@ from loraplex_adapters.runtime.layer import EMBEDDING_SITE
 from loraplex_adapters.runtime.targets import LoraTarget, Share, TargetKind
 from loraplex_engine.checkpoint.model_config import FusedLinear, LatentAttention, ModelConfig
 from loraplex_engine.checkpoint.shard import Shard
+from loraplex_engine.link.pooling import ClassifierFacts
 from loraplex_engine.quantization import LinearShape
 from loraplex_kernels.ops import HeadShape
 
@@ -22,6 +23,7 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD_MODULE = "lm_head"
 HEAD, HEAD_BIAS = f"{HEAD_MODULE}.weight", f"{HEAD_MODULE}.bias"
 HEAD_SITE, FINAL_NORM_SITE = HEAD_MODULE, "norm"
+CLASSIFIER, CLASSIFIER_BIAS = "score.weight", "score.bias"
 OUTPUT = "o"  # the linear behind the attention
 
 # Projections of which, in the last layer, keys and values do not depend. Of others, that is not said.
@@ -211,9 +213,16 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[name] = (config.hidden_size,)
     if config.head_bias:
         shapes[HEAD_BIAS] = (config.vocab_size,)
+    if config.classifier is not None:
+        return shapes | _classifier_shapes(config, config.classifier)
     if not config.tie_word_embeddings:
         shapes[HEAD] = shapes[EMBEDDING]
     return shapes
+
+
+def _classifier_shapes(config: ModelConfig, classifier: ClassifierFacts) -> dict[str, tuple[int, ...]]:
+    weight = {CLASSIFIER: (classifier.num_labels, config.hidden_size)}
+    return weight | ({CLASSIFIER_BIAS: (classifier.num_labels,)} if config.classifier_bias else {})
 
 
 def _linear_shapes(linear: FusedLinear) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -237,7 +246,8 @@ def quantizable_linears(config: ModelConfig) -> Iterator[LinearShape]:
     for layer in range(config.num_layers):
         for linear in layer_linears(config, layer):
             yield from _quantizable_parts(f"model.layers.{layer}.", linear)
-    yield LinearShape(head_module(config), config.vocab_size, config.hidden_size, config.head_bias)
+    if config.generates:
+        yield LinearShape(head_module(config), config.vocab_size, config.hidden_size, config.head_bias)
 
 
 def _quantizable_parts(prefix: str, linear: FusedLinear) -> Iterator[LinearShape]:
@@ -274,9 +284,10 @@ def lora_targets(config: ModelConfig, shard: Shard) -> dict[str, LoraTarget]:
     held = rows.stop - rows.start
     targets = {
         embedding: LoraTarget(EMBEDDING_SITE, vocabulary, 0, hidden, TargetKind.EMBEDDING),
-        head: LoraTarget(HEAD_SITE, hidden, 0, held, tied_to=tied_to, reaches_cache=False, share=share),
         **dict.fromkeys(CLASSIFIER_MODULES, LoraTarget(CLASSIFIER_SITE, hidden, 0, 0, TargetKind.CLASSIFIER)),
     }
+    if config.generates:
+        targets[head] = LoraTarget(HEAD_SITE, hidden, 0, held, tied_to=tied_to, reaches_cache=False, share=share)
     targets = {path: replace(target, is_elsewhere=not shard.is_first) for path, target in targets.items()}
     targets[final_norm(config)] = replace(norm, site=FINAL_NORM_SITE, is_elsewhere=not shard.is_last)
     own = shard.layers(config.num_layers)

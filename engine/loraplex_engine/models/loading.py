@@ -33,6 +33,7 @@ from loraplex_engine.layers.projections import FusedProjections, LatentProjectio
 from loraplex_engine.layers.query_scale import QueryScale, growth_table
 from loraplex_engine.layers.rotary import cos_sin_table
 from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.models.classification import load_classifier
 from loraplex_engine.models.decoder import DecoderLayer, Ends, LanguageModel
 from loraplex_engine.models.layout import (
     EMBEDDING,
@@ -57,6 +58,7 @@ from loraplex_engine.models.layout import (
     tensor_shapes,
 )
 from loraplex_engine.models.precision import (
+    check_classifier,
     check_head_quantization,
     check_quantization,
     compute_dtype,
@@ -89,6 +91,7 @@ def load_model(
     Raises ModelError if it is of no known family, or its weights are not all that its config.json asks for.
     """
     model_config = read_model_config(path, config.rope_scaling)
+    check_classifier(config, model_config, path)
     raw = read_config(path)
     spec = read_spec(path, raw)
     check_quantization(config, spec, path)
@@ -103,7 +106,7 @@ def load_model(
             )
         model_config = as_stored(model_config, checkpoint)
         expected = tensor_shapes(model_config)
-        if HEAD in checkpoint:  # some files hold a tied head a second time
+        if model_config.generates and HEAD in checkpoint:  # some files hold a tied head a second time
             expected[HEAD] = expected[EMBEDDING]
         quantised = None
         if spec is not None:
@@ -190,12 +193,14 @@ class _Loader:
     def _ends(self) -> Ends:
         embedding = self._rows([(EMBEDDING, ())], self.dtype)
         # The largest matrix goes first: while it is packed it takes its room twice, and nothing else is there yet.
-        head = self._lora_head(self._head(embedding))
-        self.nbytes += embedding.nbytes
+        head = self._lora_head(self._head(embedding)) if self.config.generates else None
+        classifier = load_classifier(self.config, self.checkpoint, self.ops.device)
+        self.nbytes += embedding.nbytes + (0 if classifier is None else classifier.nbytes)
         return Ends(
             LoRAEmbedding(embedding, self.replaced.table.at(EMBEDDING_SITE)),
             head,
             partial(rounded, self.head_rounding) if self.head_rounding is not None else None,
+            classifier,
         )
 
     def _layer(self, index: int) -> DecoderLayer:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from loraplex_adapters.runtime.classifier import ClassifierHead
+from loraplex_adapters.runtime.classifier import ClassifierTable
 from loraplex_adapters.runtime.layer import LoRALinear, Site
 from loraplex_adapters.runtime.targets import LoraTarget
-from loraplex_engine.link.pooling import ModelPooling
+from loraplex_engine.link.pooling import ClassifierFacts, ModelPooling
 from loraplex_engine.models.step_batch import StepBatch
 from loraplex_kernels.ops import HeadShape, LayerKV, LoraSegments
 
@@ -50,6 +50,9 @@ class ModelFacts(Cached, Protocol):
     @property
     def labels(self) -> tuple[str, ...]: ...  # of classes; empty: the checkpoint names none
 
+    @property
+    def classifier(self) -> ClassifierFacts | None: ...  # the head in place of a language model's; None: there is none
+
 
 class Model(Cached, Protocol):
     """Token ids and a paged cache in, logits out. A step is all in its arguments. Its layers and heads are those of one
@@ -71,7 +74,7 @@ class Model(Cached, Protocol):
     def capturable(self) -> bool: ...  # whether a CUDA graph may capture `forward`
 
     @property
-    def classifiers(self) -> Mapping[int, ClassifierHead]: ...  # of the adapters on the device, by slot
+    def classifiers(self) -> ClassifierTable: ...  # the heads for hidden states as `forward` returns them
 
     def forward(self, batch: StepBatch, kv: Sequence[LayerKV]) -> Tensor:
         """The last hidden states, normed, of the rows in `batch.logits_rows` → [L, C].

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraplex_engine.checkpoint.model_config import ModelError
+from loraplex_engine.checkpoint.model_config import ModelConfig, ModelError
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.models.layout import HEAD_MODULE
 from loraplex_engine.quantization import QuantizedReader, QuantSpec, round_to_nearest
@@ -19,6 +19,16 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+def check_classifier(config: EngineConfig, model: ModelConfig, path: Path) -> None:
+    """Raise ModelError if a model without the head of a language model is given what only such a head can use."""
+    asked = {"head_quantization": config.head_quantization, "drafts": config.drafts}
+    for name in [name for name, value in asked.items() if value is not None and not model.generates]:
+        raise ModelError(
+            f"{path}: {name} is asked for, and {model.architecture} has a classification head in place of a language "
+            "model's: leave it out"
+        )
 
 
 def check_quantization(config: EngineConfig, spec: QuantSpec | None, path: Path) -> None:

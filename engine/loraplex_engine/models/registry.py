@@ -53,6 +53,7 @@ from loraplex_engine.models import (
     stablelm,
     starcoder2,
 )
+from loraplex_engine.models.classification import language_model_of, with_classifier
 from loraplex_engine.models.reading import Family, text_fields
 from loraplex_engine.models.refused import REFUSED
 from loraplex_engine.models.rope_reading import with_rope_scaling
@@ -147,6 +148,11 @@ def parse_model_config(raw: Mapping[str, object], where: str) -> ModelConfig:
     """The model that the contents of a config.json describe; `where` names the file in errors."""
     fields = ConfigFields(raw, where)
     stated, model_type = fields.texts("architectures"), fields.text("model_type", "")
+    for architecture in stated:
+        language_model = language_model_of(architecture, raw)
+        if language_model in (*ARCHITECTURES, *REFUSED):
+            config = parse_model_config({**raw, "architectures": [language_model]}, where)
+            return with_classifier(config, architecture, raw, where)
     for wrapper in WRAPPERS:
         if wrapper.architecture in stated or (not stated and wrapper.model_type == model_type):
             return _read_text(wrapper, raw, where)
@@ -154,7 +160,7 @@ def parse_model_config(raw: Mapping[str, object], where: str) -> ModelConfig:
         for family in FAMILIES:
             if architecture in family.architectures:
                 return family.read(architecture, text_fields(raw, where))
-    # A file may leave the architecture out. One that states another use of a known model (a classifier) is refused.
+    # A file may leave the architecture out. One that states another use of a known model is refused.
     family_of_type = None if stated else _of_type(model_type)
     if family_of_type is not None:
         return family_of_type.read(family_of_type.architectures[0], text_fields(raw, where))

@@ -39,8 +39,10 @@ class AdapterSlots(Protocol):
 class AdapterPreparer(Preparer):
     """Gives requests the slots of their adapters. The pool and the store's threads bring them there."""
 
-    def __init__(self, slots: AdapterSlots) -> None:
+    def __init__(self, slots: AdapterSlots, base_classifies: bool = False) -> None:
+        """`base_classifies`: whether the base model has a classification head, for adapters that bring none."""
         self._slots = slots
+        self._base_classifies = base_classifies
 
     @property
     def changes(self) -> int:
@@ -57,7 +59,7 @@ class AdapterPreparer(Preparer):
             raise NeverReadyError(str(rejected), rejected.reason) from rejected
         if request.adapter_slot is None:
             return False
-        if problem := _misuse(request, self._slots.has_head(key)):
+        if problem := self._misuse(request, self._slots.has_head(key)):
             self._slots.release(key)
             raise NeverReadyError(problem)
         request.invoke_adapter(self._slots.invocation_tokens(key))
@@ -70,6 +72,15 @@ class AdapterPreparer(Preparer):
     def hurry(self, request: Request) -> None:
         self._slots.make_room(_adapter(request))
 
+    def _misuse(self, request: Request, has_head: bool) -> str:
+        """Why an adapter with a classification head, or without one, is of no use to a request; "": it is."""
+        classifies = request.pooling is not None and request.pooling.classify
+        if classifies and not has_head and not self._base_classifies:
+            return f"adapter {request.adapter} has no classification head"
+        if has_head and request.draws:
+            return f"adapter {request.adapter} has a classification head, and generates no text"
+        return ""
+
     def limit(self, request: Request) -> tuple[float, NeverReadyError] | None:
         seconds = request.adapter_wait_seconds
         if seconds is None:
@@ -80,15 +91,3 @@ class AdapterPreparer(Preparer):
 def _adapter(request: Request) -> AdapterKey:
     assert request.adapter is not None
     return request.adapter
-
-
-def _misuse(request: Request, has_head: bool) -> str:
-    """Why an adapter with a classification head, or without one, is of no use to a request; "": it is."""
-    classifies = request.pooling is not None and request.pooling.classify
-    if classifies and not has_head:
-        return f"adapter {request.adapter} has no classification head"
-    return (
-        f"adapter {request.adapter} has a classification head, and generates no text"
-        if has_head and request.draws
-        else ""
-    )

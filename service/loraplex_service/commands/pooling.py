@@ -43,7 +43,7 @@ def embed(
 @click.option("--json", "as_json", is_flag=True, help="Print the whole response instead of the probabilities.")
 @reaches_server
 def classify(target: ServerAccess, model: str, texts: tuple[str, ...], activation: str | None, as_json: bool) -> None:
-    """Classify TEXTS with MODEL, an adapter with a classification head. A row for each text, or for each token."""
+    """Classify TEXTS with MODEL, an adapter or a model with a head for it. A row for each text, or for each token."""
     with target.client() as client:
         response = client.classify(model, texts, activation=activation)
     if as_json:
@@ -73,7 +73,7 @@ def rerank(
     top_n: int | None,
     as_json: bool,
 ) -> None:
-    """Say how well DOCUMENTS answer QUERY, by MODEL, an adapter with a classification head. The best comes first."""
+    """Say how well DOCUMENTS answer QUERY, by MODEL, an adapter or a model with a head for it. The best comes first."""
     with target.client() as client:
         response = client.rerank(model, query, documents, template=template, top_n=top_n)
     if as_json:

@@ -1,7 +1,7 @@
 """ModelService: base models, in and out of memory."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import grpc.aio
@@ -26,6 +26,7 @@ from loraplex.v1.models_pb2 import (
     ListModelsResponse,
     LoadModelRequest,
     Model,
+    ModelCapability,
     ModelLimits,
     UnloadModelRequest,
     WatchModelsRequest,
@@ -45,6 +46,7 @@ from loraplex_service.latest import Latest
 from loraplex_service.models.host import HostedModel, ModelHost
 from loraplex_service.models.supervisor import EngineState
 from loraplex_service.names.grammar import model_id
+from loraplex_service.text import Tokenizer
 from loraplex_service.timestamps import duration_seconds, timestamp
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -57,6 +59,18 @@ STATES = {
     EngineState.RESTARTING: Model.STATE_LOADING,
     EngineState.FAILED: Model.STATE_FAILED,
 }
+OF_EVERY_MODEL = (
+    MODEL_CAPABILITY_ADAPTERS,
+    MODEL_CAPABILITY_EMBED,
+    MODEL_CAPABILITY_CLASSIFY,
+    MODEL_CAPABILITY_RERANK,
+)
+OF_LANGUAGE_MODELS = (
+    MODEL_CAPABILITY_LOGPROBS,
+    MODEL_CAPABILITY_PROMPT_LOGPROBS,
+    MODEL_CAPABILITY_CONSTRAINT,
+    MODEL_CAPABILITY_BEAM_SEARCH,
+)
 IMPLEMENTATIONS = {"native": Model.IMPLEMENTATION_NATIVE, "transformers": Model.IMPLEMENTATION_TRANSFORMERS}
 
 
@@ -164,25 +178,10 @@ def _add_what_is_loaded(message: Model, model: HostedModel) -> None:
             max_running_requests=limits.max_num_seqs,
         )
     )
-    message.capabilities.extend(
-        (
-            MODEL_CAPABILITY_ADAPTERS,
-            MODEL_CAPABILITY_LOGPROBS,
-            MODEL_CAPABILITY_PROMPT_LOGPROBS,
-            MODEL_CAPABILITY_CONSTRAINT,
-            MODEL_CAPABILITY_EMBED,
-            MODEL_CAPABILITY_BEAM_SEARCH,
-            MODEL_CAPABILITY_CLASSIFY,
-            MODEL_CAPABILITY_RERANK,
-        )
-    )
-    if model.tokenizer is not None and model.tokenizer.chat_template is not None:
-        message.capabilities.append(MODEL_CAPABILITY_CHAT)
-        syntax = model.tokenizer.message_syntax
-        if syntax is not None and syntax.has_calls and model.tokenizer.chat_template.shows_tools:
-            message.capabilities.append(MODEL_CAPABILITY_TOOLS)
-        if syntax is not None and syntax.has_reasoning:
-            message.capabilities.append(MODEL_CAPABILITY_REASONING)
+    message.capabilities.extend(OF_EVERY_MODEL)
+    if limits.classifier is None:
+        message.capabilities.extend(OF_LANGUAGE_MODELS)
+        message.capabilities.extend(_of_chats(model.tokenizer))
     if model.config.enable_prefix_caching:
         message.capabilities.append(MODEL_CAPABILITY_PREFIX_CACHE)
     if limits.drafts.most:
@@ -193,3 +192,15 @@ def _add_what_is_loaded(message: Model, model: HostedModel) -> None:
         if client.stats is not None:
             message.running_requests = client.stats.num_running
             message.waiting_requests = client.stats.num_not_running
+
+
+def _of_chats(tokenizer: Tokenizer | None) -> Iterator[ModelCapability.ValueType]:
+    """What a language model with a chat template does."""
+    if tokenizer is None or tokenizer.chat_template is None:
+        return
+    yield MODEL_CAPABILITY_CHAT
+    syntax = tokenizer.message_syntax
+    if syntax is not None and syntax.has_calls and tokenizer.chat_template.shows_tools:
+        yield MODEL_CAPABILITY_TOOLS
+    if syntax is not None and syntax.has_reasoning:
+        yield MODEL_CAPABILITY_REASONING

@@ -1,41 +1,45 @@
-"""Classification heads: which adapters have one, and what its logits mean."""
+"""Classification heads: which adapters and models have one, and what its logits mean."""
 
 import math
 from collections.abc import Iterator, Sequence
 
 from loraplex.v1.pooling_pb2 import ACTIVATION_SIGMOID, ACTIVATION_UNSPECIFIED, Activation
-from loraplex_engine.link.messages import AdapterFacts
+from loraplex_engine.link.pooling import ClassifierFacts
 from loraplex_service.errors import FeatureUnsupported
 from loraplex_service.names.target import Target
 from loraplex_service.requests.entrance import Entered
 
 
 def check_generates(target: Target, entered: Entered, path: str) -> None:
-    """Raise FeatureUnsupported for an adapter with a head. `path`: the field that names the target."""
-    facts = _facts(target, entered)
-    if facts is not None and facts.num_labels:
-        name = entered.target.adapter_version
+    """Raise FeatureUnsupported for an adapter with a head, and for a model that has one in place of a language model's.
+
+    `path`: the field that names the target.
+    """
+    own = _adapters_head(target, entered)
+    if own is not None or target.model.limits.classifier is not None:
+        name = entered.target.model if own is None else entered.target.adapter_version
         raise FeatureUnsupported(path, f"{name} has a classification head, and generates no text: ask Classify")
 
 
-def head_of(target: Target, entered: Entered, path: str) -> AdapterFacts:
-    """The adapter with its head. Raises FeatureUnsupported where there is none."""
-    facts = _facts(target, entered)
-    if facts is None or not facts.num_labels:
+def head_of(target: Target, entered: Entered, path: str) -> ClassifierFacts:
+    """The adapter's head, or else the model's. Raises FeatureUnsupported where there is none."""
+    head = _adapters_head(target, entered) or target.model.limits.classifier
+    if head is None:
         name = entered.target.adapter_version or f"{entered.target.model}, without an adapter,"
-        raise FeatureUnsupported(path, f"{name} has no classification head: name an adapter that has one")
-    return facts
+        raise FeatureUnsupported(path, f"{name} has no classification head: name an adapter or a model that has one")
+    return head
 
 
-def _facts(target: Target, entered: Entered) -> AdapterFacts | None:
-    """What is known of the one adapter that the request runs with; sums have no heads."""
+def _adapters_head(target: Target, entered: Entered) -> ClassifierFacts | None:
+    """That of the one adapter that the request runs with; sums have no heads."""
     if entered.adapter is None or target.adapter is None:
         return None
-    return target.model.client.adapters.facts(target.adapter.key)
+    facts = target.model.client.adapters.facts(target.adapter.key)
+    return None if facts is None else facts.classifier
 
 
 def label_names(target: Target, num_labels: int) -> Sequence[str]:
-    """What the labels are called: as the base's configuration says, if that has as many."""
+    """What the labels are called: as the model's configuration says, if that has as many."""
     known = target.model.limits.labels
     return known if len(known) == num_labels else [f"LABEL_{index}" for index in range(num_labels)]
 

@@ -109,9 +109,8 @@ class PoolingServicer(pooling_pb2_grpc.PoolingServiceServicer):
             head = head_of(target, entered, "model")
             if head.each_token or head.num_labels > 2:
                 kind = "tokens" if head.each_token else f"texts with {head.num_labels} labels"
-                problem = (
-                    f"{entered.target.adapter_version} classifies {kind}: texts with one label, or two, are needed"
-                )
+                name = entered.target.adapter_version or entered.target.model
+                problem = f"{name} classifies {kind}: texts with one label, or two, are needed"
                 raise FeatureUnsupported("model", problem)
             return PoolingParams(classify=True)
 

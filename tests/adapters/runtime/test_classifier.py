@@ -115,9 +115,11 @@ def test_a_head_is_part_of_no_sum(bound: Callable[..., BoundAdapter]) -> None:
 
 def test_a_head_comes_and_goes_with_its_slot(bound: Callable[..., BoundAdapter]) -> None:
     packed = pack_adapter(bound({f"{SCORE}.weight": torch.ones(2, WIDTH)}), lambda weights: weights)
-    site = ClassifierSite(torch.device("cpu"))
-    site.table.put(3, packed[CLASSIFIER_SITE])
-    assert isinstance(site.table.heads[3], ClassifierHead)
-    site.table.remove(3)
-    site.table.remove(4)
-    assert site.table.heads == {}
+    base = ClassifierHead(torch.zeros(3, WIDTH), None, each_token=False)
+    table = ClassifierSite(torch.device("cpu"), base).table
+    table.put(3, packed[CLASSIFIER_SITE])
+    assert table.of(3).num_labels == 2
+    assert [table.of(None), table.of(4)] == [base, base]
+    table.remove(3)
+    table.remove(4)
+    assert table.of(3) is base

@@ -144,8 +144,8 @@ def test_model_type_stands_in_for_an_absent_architecture() -> None:
 
 
 def test_another_use_of_a_known_model_is_refused() -> None:
-    with pytest.raises(ModelError, match="LlamaForSequenceClassification"):
-        parse(LLAMA, architectures=["LlamaForSequenceClassification"], model_type="llama")
+    with pytest.raises(ModelError, match="LlamaForQuestionAnswering"):
+        parse(LLAMA, architectures=["LlamaForQuestionAnswering"], model_type="llama")
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, ()), (2, (2,)), ([5, 9], (5, 9)), (-1, ()), (0, (0,))], ids=str)

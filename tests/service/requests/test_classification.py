@@ -14,11 +14,12 @@ from loraplex.v1.pooling_pb2 import (
     ACTIVATION_SIGMOID,
     ACTIVATION_SOFTMAX,
     ClassifyRequest,
+    EmbedRequest,
     RerankRequest,
     RunOptions,
 )
 from loraplex.v1.prompt_pb2 import Prompt, TokenIds
-from loraplex_engine.link.pooling import PoolingMethod, PoolingParams
+from loraplex_engine.link.pooling import ClassifierFacts, PoolingMethod, PoolingParams
 from loraplex_service.ports.interceptors import CallLimits
 from loraplex_service.text import Tokenizer
 from tests.service.data_plane import DataPlane, data_plane, failure, make_spec
@@ -26,7 +27,7 @@ from tests.service.data_plane import DataPlane, data_plane, failure, make_spec
 
 def add_head(plane: DataPlane, num_labels: int, each_token: bool = False) -> None:
     """Register the adapter "judge" with such a head."""
-    plane.engine.heads["/adapters/default/judge"] = num_labels, each_token
+    plane.engine.heads["/adapters/default/judge"] = ClassifierFacts(num_labels, each_token)
     plane.add_adapter("default/judge")
 
 
@@ -102,6 +103,56 @@ async def test_probabilities_of_far_logits_are_numbers(plane: DataPlane) -> None
     for activation in (ACTIVATION_SIGMOID, ACTIVATION_SOFTMAX):
         response = await plane.pooling.Classify(classify(prompts=tokens, activation=activation))
         assert all(0 <= value <= 1 for one in response.classifications for value in one.probabilities)
+
+
+def give_base_a_head(plane: DataPlane, num_labels: int, labels: list[str], each_token: bool = False) -> None:
+    """Have the model be a classifier."""
+    head = ClassifierFacts(num_labels, each_token)
+    plane.engine.limits = msgspec.structs.replace(plane.engine.limits, labels=labels, classifier=head)
+    plane.models.models["demo"] = replace(plane.models.models["demo"], limits=plane.engine.limits)
+
+
+@pytest.mark.parametrize("model", ["demo", "pirate", "pirate*0.5"])
+async def test_the_head_of_a_model_serves_whoever_brings_none(plane: DataPlane, model: str) -> None:
+    give_base_a_head(plane, 2, ["bad", "good"])
+    plane.add_adapter()
+    response = await plane.pooling.Classify(classify("xa", "c", model=model))
+    assert [list(one.logits) for one in response.classifications] == [[0, -1], [2, 1]]
+    assert (list(response.labels), response.each_token) == (["bad", "good"], False)
+
+
+async def test_the_head_of_an_adapter_goes_before_that_of_the_model(plane: DataPlane) -> None:
+    give_base_a_head(plane, 2, ["bad", "good"], each_token=True)
+    add_head(plane, 3)
+    response = await plane.pooling.Classify(classify("xa"))
+    assert list(response.classifications[0].logits) == [0, -1, -2]
+    assert (list(response.labels), response.each_token) == (["LABEL_0", "LABEL_1", "LABEL_2"], False)
+
+
+async def test_a_model_reranks_with_its_head(plane: DataPlane) -> None:
+    give_base_a_head(plane, 1, [])
+    response = await plane.pooling.Rerank(rerank("a", "c", "b", model="demo"))
+    assert [ranked.index for ranked in response.documents] == [1, 2, 0]
+
+
+async def test_a_model_for_another_purpose_is_named(plane: DataPlane) -> None:
+    give_base_a_head(plane, 3, [])
+    failed = await failure(plane.pooling.Rerank(rerank("a", model="demo")))
+    assert (failed.reason, failed.fields) == ("FEATURE_UNSUPPORTED", ["model"])
+    assert "models/demo classifies texts with 3 labels" in failed.message
+
+
+@pytest.mark.parametrize("model", ["demo", "pirate", "judge"])
+async def test_a_model_with_a_head_generates_nothing_and_embeds(plane: DataPlane, model: str) -> None:
+    give_base_a_head(plane, 2, [])
+    plane.add_adapter()
+    add_head(plane, 2)
+    failed = await failure(plane.generate(make_spec(model=model)))
+    assert (failed.code, failed.reason, failed.fields) == (Code.UNIMPLEMENTED, "FEATURE_UNSUPPORTED", ["spec.model"])
+    assert "has a classification head, and generates no text: ask Classify" in failed.message
+    assert plane.engine.requests == []
+    embedded = await plane.pooling.Embed(EmbedRequest(model=model, prompts=[Prompt(text="ab")]))
+    assert list(embedded.embeddings[0].values) == [97, 98]
 
 
 @pytest.mark.parametrize("model", ["demo", "pirate", "pirate*0.5"])

@@ -97,7 +97,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         defaults = MessageToDict(model.default_sampling, preserving_proto_field_name=True)
         return GetModelInfoResponse(
             model_path=model.name,
-            is_generation=True,
+            is_generation=limits.classifier is None,
             max_context_length=length,
             vocab_size=limits.vocab_size,
             served_model_name=model.name,
