@@ -8,7 +8,7 @@ import pytest
 
 from loraplex_adapters.runtime.targets import TargetKind
 from loraplex_engine.checkpoint.gguf_config import ARCHITECTURES as OF_GGUF
-from loraplex_engine.checkpoint.model_config import ModelConfig
+from loraplex_engine.checkpoint.model_config import ModelConfig, ModelError
 from loraplex_engine.checkpoint.shard import WHOLE
 from loraplex_engine.models import parse_model_config
 from loraplex_engine.models.layout import lora_targets
@@ -22,6 +22,7 @@ from tests.reference.test_model_logits import MODELS
 from tests.reference.wrappers import WRAPPED
 
 PAGE = ROOT / "docs" / "models.md"
+WIDESPREAD = ROOT / ".." / "shared" / "data" / "architectures.md"
 HEADING = "\n## Everything else"
 USUAL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 ONES = {"qkv_proj", "gate_up_proj"}  # that adapters may name beside the parts of them
@@ -134,3 +135,19 @@ def test_gguf_files_of_every_architecture_are_named() -> None:
     for name, read in OF_GGUF.items():
         if isinstance(read.name, str):
             assert f"`{name}`" in rows()[read.name][2]
+
+
+def widespread() -> list[str]:
+    """The architectures that people download most, as a list of them names each in its second column."""
+    if not WIDESPREAD.exists():
+        return []
+    return re.findall(r"^\| [^|]+ \| (\w+For\w+|\w+LMHeadModel) \|", WIDESPREAD.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("architecture", widespread())
+def test_a_widespread_architecture_loads_or_is_refused_with_the_reason(architecture: str) -> None:
+    of_transformers = {type(make()).__name__ for make in BORROWED.values()}
+    if architecture in ARCHITECTURES or architecture in of_transformers:
+        return
+    with pytest.raises(ModelError, match=f"{architecture}: {re.escape(REFUSED[architecture])}"):
+        parse_model_config({"architectures": [architecture], **SHAPE}, "config.json")
