@@ -130,6 +130,8 @@ class Choices(Answers):
         self._version: Json = {}  # of the adapter: of several prompts each may have met another one
         self._prompt_ids: Json = {}
         self._begun: set[int] = set()  # the outputs of which something was sent
+        self._prompt_tokens = 0
+        self._completion_tokens = Counter[int]()  # by output: those that were sent
 
     def whole(self, responses: Sequence[GenerateResponse]) -> Json:
         choices: list[Json] = []
@@ -143,12 +145,15 @@ class Choices(Answers):
         match message.WhichOneof("event"):
             case "started":
                 self._begin(message.started)
+                self._prompt_tokens = message.started.prompt_tokens
             case "delta":
                 yield from self._opening(message.delta.output_index)
+                self._completion_tokens[message.delta.output_index] += len(message.delta.token_ids)
                 yield self._chunk(self._part(message.delta.output_index, message.delta))
             case "finished":
                 index = message.finished.output_index
                 yield from self._opening(index)
+                self._completion_tokens[index] = message.finished.completion_tokens
                 yield self._chunk({**self._nothing(index), **finish(message.finished)})
             case "completed":
                 yield from self.usage_chunks([message.completed.usage])
@@ -156,7 +161,9 @@ class Choices(Answers):
     def chunks_of(self, first: int, number: int, response: GenerateResponse) -> Iterator[Json]:
         """The chunks of one of several prompts, whose outputs are complete. `first`: the index of its first output."""
         self._begin(response)
+        self._prompt_tokens = response.usage.prompt_tokens
         for place, output in enumerate(response.outputs):
+            self._completion_tokens[first + place] = output.finished.completion_tokens
             yield self._chunk(self._whole(first + place, number, output, response))
 
     def usage_chunks(self, used: Sequence[Usage]) -> Iterator[Json]:
@@ -186,7 +193,14 @@ class Choices(Answers):
 
     def _chunk(self, choice: Json) -> Json:
         chunk = {**self._head(self.chunk_name), "choices": [self._placed(choice)]}
-        return {**chunk, "usage": None} if self._draft.include_usage else chunk
+        return {**chunk, "usage": self._used_by(choice["index"])} if self._draft.include_usage else chunk
+
+    def _used_by(self, index: int) -> Json | None:
+        """What an output has used so far, where each chunk is to say it."""
+        if not self._draft.continuous_usage:
+            return None
+        prompt, completion = self._prompt_tokens, self._completion_tokens[index]
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def _opening(self, index: int) -> Iterator[Json]:
         if index not in self._begun:
@@ -194,7 +208,7 @@ class Choices(Answers):
             yield from (self._chunk(choice) for choice in self._first(index))
 
     def _ids(self, said: Said) -> Json:
-        return {"token_ids": list(said.token_ids)} if said.token_ids else {}
+        return {"token_ids": list(said.token_ids)} if said.token_ids and not self._draft.hides_token_ids else {}
 
     def _named(self, tokens: Sequence[TokenLogprob]) -> Sequence[TokenLogprob]:
         """The tokens by the names that were asked for: their texts, or their ids."""

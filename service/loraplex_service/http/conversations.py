@@ -9,10 +9,24 @@ from google.protobuf.json_format import ParseDict, ParseError
 from loraplex.prompts import build_message, build_tool
 from loraplex.v1.generation_pb2 import GenerateSpec
 from loraplex.v1.prompt_pb2 import Prompt, TokenIds, ToolMode
-from loraplex_service.http.parameters import Draft, Put, bounded, checked, flag, items, mapping, text, wrong
+from loraplex_service.http.parameters import (
+    Draft,
+    Put,
+    bounded,
+    checked,
+    flag,
+    items,
+    mapping,
+    refuse_others,
+    text,
+    wrong,
+)
 
 # Keys of messages in answers, which clients send back as they came. With a value they are refused by name.
 EMPTY_IN_ANSWERS = ("refusal", "audio", "function_call", "annotations")
+CACHED = ("prompt_cache_breakpoint", "cache_control")  # what prompts begin with is cached without being asked
+PART = ("type", "text", *CACHED)
+CALL = ("id", "type", "function", "index")  # the last: in the stream that it came in
 
 
 def begin(draft: Draft, name: str = "messages") -> None:
@@ -27,7 +41,7 @@ def put_messages(draft: Draft, value: Any) -> None:
     chat = draft.message.prompt.chat
     for index, message in enumerate(items(value, "Chat.messages")):
         with blamed(f"messages[{index}]"):
-            chat.messages.append(build_message(_own(mapping(message))))
+            chat.messages.append(build_message(_own(mapping(message), f"messages[{index}]")))
 
 
 @contextmanager
@@ -41,11 +55,26 @@ def blamed(name: str) -> Iterator[None]:
         raise wrong(name, str(error)) from error
 
 
-def _own(message: dict[str, Any]) -> dict[str, Any]:
-    """The message by our names, without what says nothing."""
-    own = {key: value for key, value in message.items() if value or key not in EMPTY_IN_ANSWERS}
+def _own(message: dict[str, Any], name: str) -> dict[str, Any]:
+    """The message by our names, without what says nothing. Raises Refusal for what would be passed over within it."""
+    own = _telling(message)
+    for index, part in enumerate(_objects(own.get("content"))):
+        if part.get("type") == "text":
+            refuse_others(_telling(part), PART, f"{name}.content[{index}]")
+    for index, call in enumerate(_objects(own.get("tool_calls"))):
+        place = f"{name}.tool_calls[{index}]"
+        refuse_others(call, CALL, place)
+        refuse_others(mapping(call["function"]), ("name", "arguments"), f"{place}.function")
     reasoning = own.pop("reasoning", None)
     return {**own, "reasoning_content": reasoning} if own.get("reasoning_content") is None else own
+
+
+def _telling(given: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if value or key not in EMPTY_IN_ANSWERS}
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [mapping(each) for each in value] if isinstance(value, list) else []
 
 
 def put_tools(draft: Draft, value: Any) -> None:
@@ -55,6 +84,7 @@ def put_tools(draft: Draft, value: Any) -> None:
         with blamed(name):
             if mapping(tool).get("type", "function") != "function":
                 raise wrong(f"{name}.type", "tools of type 'function' are taken", code="unsupported_parameter")
+            refuse_others(tool, ("type", "function", *CACHED), name)
             add_tool(draft, f"{name}.function", dict(mapping(tool["function"])))
 
 
@@ -75,6 +105,8 @@ def put_tool_choice(draft: Draft, value: Any) -> None:
     if isinstance(value, str) and value in modes:
         choice.mode = modes[value]
     elif isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("function"), dict):
+        refuse_others(value, ("type", "function"), "tool_choice")
+        refuse_others(value["function"], ("name",), "tool_choice.function")
         choice.name = text(value["function"].get("name"))
     else:
         raise ValueError('must be "auto", "none", "required" or {"type": "function", "function": {"name": …}}')

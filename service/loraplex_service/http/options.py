@@ -120,6 +120,8 @@ def put_form(draft: Draft, value: Any, name: str, inner: str = "") -> None:
     refuse_others(form, ("type", inner) if inner else ("type", *known), name)
     refuse_others(holder, ("type", *known), f"{name}.{inner}" if inner else name)
     where = f"{name}.{inner}.schema" if inner else f"{name}.schema"
+    if kind == "json_schema" and not isinstance(holder.get("schema"), dict):
+        raise wrong(where, "must be an object, the JSON Schema")
     draft.paths += [("constraint", name), ("constraint.json_schema", where)]
     constrain(draft, _response_form(kind, holder))
 
@@ -131,7 +133,7 @@ def _response_form(kind: Any, holder: Mapping[str, Any]) -> Constraint:
         case "json_object":
             return constraint(json_object=True)
         case "json_schema":
-            return constraint(json_schema=schema_text(holder.get("schema")))
+            return constraint(json_schema=schema_text(holder["schema"]))
     raise ValueError('type must be "text", "json_object" or "json_schema"')
 
 

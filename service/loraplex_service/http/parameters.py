@@ -40,6 +40,8 @@ class Draft:
     stream: bool = False
     has_stream_options: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False  # each chunk tells what was used so far
+    hides_token_ids: bool = False  # they are asked for to be counted, and told to nobody
     include_reasoning: bool = True
     echo: bool = False
     spells_token_ids: bool = False  # tokens are named by their ids where their texts would be

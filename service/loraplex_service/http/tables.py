@@ -39,6 +39,7 @@ from loraplex_service.http.parameters import (
     listing,
     mapping,
     number,
+    refuse_others,
     refused,
     scalar,
     whole,
@@ -46,6 +47,7 @@ from loraplex_service.http.parameters import (
 )
 
 COMPLETION_TOKENS = 16  # of /v1/completions by default, as OpenAI has it
+STREAM_OPTIONS = "`include_usage`; beside it vLLM's `continuous_usage_stats`: each chunk says what its choice has used"
 
 
 # ---- values that are no field as they are ----------------------------------------------------------------------------
@@ -56,6 +58,10 @@ def _check_options(draft: Draft) -> None:
     if draft.has_stream_options and not draft.stream:
         raise wrong("stream_options", "goes with stream alone")
     output = draft.message.output
+    if draft.continuous_usage and not draft.include_usage:
+        raise wrong("stream_options.continuous_usage_stats", "goes with include_usage alone")
+    if draft.continuous_usage and not (output.token_ids or (output.HasField("text") and not output.text)):
+        draft.hides_token_ids = output.token_ids = True
     if draft.stream and output.HasField("prompt_logprobs"):
         problem = "does not go with stream, whose chunks have no place for it"
         raise wrong("prompt_logprobs", problem, code="unsupported_parameter")
@@ -71,9 +77,10 @@ def _check_chat(draft: Draft) -> None:
 
 def _put_stream_options(draft: Draft, value: Any) -> None:
     options = mapping(value)
-    if unknown := sorted(options.keys() - {"include_usage", "include_obfuscation"}):
-        raise wrong(f"stream_options.{unknown[0]}", "include_usage is taken", code="unsupported_parameter")
+    refuse_others(options, ("include_usage", "continuous_usage_stats", "include_obfuscation"), "stream_options")
+    flag(options.get("include_obfuscation") or False)  # what it hides from who listens, TLS is for
     draft.has_stream_options = True
+    draft.continuous_usage = flag(options.get("continuous_usage_stats") or False)
     draft.include_usage = flag(options.get("include_usage") or False)
 
 
@@ -163,7 +170,7 @@ _GENERATION = (
     Parameter("logit_bias", "sampling.logit_bias", _put_logit_bias, schema=OBJECT),
     listing("stop", "stopping.stop"),
     Parameter("stream", "", put_stream, "server-sent events, the last one `[DONE]`", schema=BOOLEAN),
-    Parameter("stream_options", "", _put_stream_options, "`include_usage`", schema=OBJECT),
+    Parameter("stream_options", "", _put_stream_options, STREAM_OPTIONS, schema=OBJECT),
     Parameter(
         "response_format",
         "constraint",

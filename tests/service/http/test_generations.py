@@ -52,6 +52,30 @@ async def test_a_stream_tells_its_usage_where_that_was_asked_for(caller: Caller)
     assert last["usage"]["completion_tokens"] == 4
 
 
+@pytest.mark.parametrize("shown", [True, False])
+async def test_each_chunk_tells_the_usage_of_its_choice_where_that_was_asked_for(caller: Caller, shown: bool) -> None:
+    asked = {"include_usage": True, "continuous_usage_stats": True}
+    answer = await caller.chat("hi", stream=True, n=2, stream_options=asked, return_token_ids=shown)
+    *chunks, last, _ = answer.events
+    for index in (0, 1):
+        own = [chunk for chunk in chunks if chunk["choices"][0]["index"] == index]
+        told = [chunk["usage"]["completion_tokens"] for chunk in own]
+        assert told == sorted(told)
+        assert (told[0], told[-1]) == (0, 4)
+        assert {chunk["usage"]["prompt_tokens"] for chunk in own} == {last["usage"]["prompt_tokens"]}
+    assert any("token_ids" in chunk["choices"][0] for chunk in chunks) is shown
+    assert last["usage"]["completion_tokens"] == 8
+
+
+async def test_of_several_prompts_each_chunk_tells_the_usage_of_its_choice(caller: Caller) -> None:
+    asked = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last, _ = (await caller.complete(["a", "bcd"], stream=True, stream_options=asked)).events
+    used = {chunk["choices"][0]["index"]: chunk["usage"] for chunk in chunks}
+    assert [(used[index]["prompt_tokens"], used[index]["completion_tokens"]) for index in (0, 1)] == [(1, 4), (3, 4)]
+    assert last["usage"]["total_tokens"] == 12
+    assert not any("token_ids" in chunk["choices"][0] for chunk in chunks)
+
+
 async def test_a_stop_string_ends_a_chat_and_is_told(caller: Caller) -> None:
     [choice] = (await caller.chat("hi", stop=["er"], max_tokens=40)).json["choices"]
     assert (choice["message"]["content"], choice["finish_reason"], choice["stop_reason"]) == ("[us", "stop", "er")

@@ -13,6 +13,7 @@ from loraplex_service.http.responses.table import RESPONSES
 from loraplex_service.http.tables import CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE
 
 TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+NOW = {"type": "function", "function": {"name": "now"}}
 VALUES: dict[str, Any] = {  # of parameters that take no number
     "loraplex": {"drafts": {"draftKind": "DRAFT_KIND_OFF"}},
     "model": "tiny",
@@ -109,6 +110,17 @@ def body_for(table: Table, parameter: Parameter) -> dict[str, Any]:
     return {**beside, parameter.name: value_of(table, parameter)}
 
 
+def said(content: Any) -> dict[str, Any]:
+    """A message."""
+    return {"role": "user", "content": content}
+
+
+def called(more: dict[str, Any], **function: Any) -> dict[str, Any]:
+    """A message with a call of a tool that has more keys than it may."""
+    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"} | function}
+    return {"role": "assistant", "tool_calls": [call | more]}
+
+
 def is_there(message: Any, path: str) -> bool:
     holder, name = place(message, path)
     descriptor = holder.DESCRIPTOR.fields_by_name[name]
@@ -193,7 +205,19 @@ def test_an_echo_of_a_prompt_that_is_cut_is_refused() -> None:
         (CHAT, {"loraplex": {"output": {"logprobTokenIds": [1]}}}, "loraplex.output.logprobTokenIds"),
         (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),
         (COMPLETIONS, {"stream": False, "stream_options": {}}, "stream_options"),
+        (CHAT, {"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+        (
+            CHAT,
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
         (CHAT, {"structured_outputs": {}}, "structured_outputs"),
+        (CHAT, {"messages": [said([{"type": "text", "text": "x", "lang": "en"}])]}, "messages[0].content[0].lang"),
+        (CHAT, {"messages": [called({"strict": True})]}, "messages[0].tool_calls[0].strict"),
+        (CHAT, {"messages": [called({}, output="x")]}, "messages[0].tool_calls[0].function.output"),
+        (CHAT, {"tools": [TOOL | {"strict": True}]}, "tools[0].strict"),
+        (CHAT, {"tools": [TOOL], "tool_choice": NOW | {"strict": True}}, "tool_choice.strict"),
+        (CHAT, {"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         (CHAT, {"structured_outputs": {"json": None}}, "structured_outputs"),
     ],
 )
@@ -210,6 +234,18 @@ def test_reasoning_goes_by_either_name(other: dict[str, Any]) -> None:
     assert message.reasoning_content == "hm"
 
 
+def test_what_asks_for_a_cache_is_taken() -> None:
+    """What prompts begin with is cached without being asked."""
+    marks = {"prompt_cache_breakpoint": {"mode": "explicit"}, "cache_control": {"type": "ephemeral"}}
+    part = {"type": "text", "text": "x"}
+    assert CHAT.read({"messages": [said([part | marks])]}) == CHAT.read({"messages": [said([part])]})
+
+
+def test_a_call_that_was_put_together_from_a_stream_can_be_sent_back() -> None:
+    [message] = CHAT.read({"messages": [called({"index": 0})]}).message.prompt.chat.messages
+    assert message.tool_calls[0].name == "now"
+
+
 def test_two_lengths_are_refused() -> None:
     assert CHAT.read({"max_tokens": 3, "max_completion_tokens": 3}).message.stopping.max_tokens == 3
     with pytest.raises(Refusal) as raised:
@@ -223,8 +259,7 @@ def test_completions_have_sixteen_tokens_by_default_as_openai_has_it() -> None:
 
 
 def test_a_tool_choice_may_name_a_tool() -> None:
-    choice = {"type": "function", "function": {"name": "now"}}
-    assert CHAT.read({"tools": [TOOL], "tool_choice": choice}).message.prompt.chat.tool_choice.name == "now"
+    assert CHAT.read({"tools": [TOOL], "tool_choice": NOW}).message.prompt.chat.tool_choice.name == "now"
 
 
 def test_a_strict_tool_is_a_tool_as_any_other() -> None:

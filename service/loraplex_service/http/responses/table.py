@@ -101,6 +101,7 @@ RESPONSES = Table(
         scalar("max_output_tokens", "stopping.max_tokens"),
         scalar("temperature", "sampling.temperature"),
         scalar("top_p", "sampling.top_p"),
+        scalar("ignore_eos", "stopping.ignore_eos"),
         scalar("top_logprobs", "output.top_logprobs"),
         Parameter("text", "constraint", _put_text, "`format`", schema=OBJECT),
         Parameter(

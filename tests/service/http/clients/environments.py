@@ -3,9 +3,10 @@
 import asyncio
 import importlib.util
 import json
+import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +16,13 @@ import pytest
 
 from loraplex_service.adapters.config import AdapterConfig
 from loraplex_service.http.dialects import TABLES
+from loraplex_service.http.failures import Refusal
+from loraplex_service.http.parameters import Draft, Table
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 
 INSTALL_SECONDS = 300.0
 USE_SECONDS = 120.0
+FIELDS = Path(__file__).with_name("fields.py")  # runs in the environments
 needs_uvicorn = pytest.mark.skipif(
     importlib.util.find_spec("uvicorn") is None, reason="the extra `http` is not installed"
 )
@@ -70,8 +74,49 @@ async def until_idle(control: ControlPlane) -> None:
             await asyncio.sleep(0.01)
 
 
-def untold(printed: str) -> dict[str, list[str]]:
-    """The parameters that a package can send, by endpoint as JSON, of which a table says nothing."""
-    known = {table.path: {parameter.name for parameter in table.parameters} for table in TABLES}
-    sent: dict[str, list[str]] = json.loads(printed)
-    return {path: unknown for path, names in sent.items() if (unknown := sorted(set(names) - known[path]))}
+# What must come before a field's item for it to be read: a result of a tool needs a call.
+CALLED: Mapping[str, tuple[str, Any]] = {
+    "[tool_result]": (
+        "messages",
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "tool_use_id", "name": "f", "input": {}}]},
+    ),
+    "[function_call_output]": (
+        "input",
+        {"type": "function_call", "call_id": "call_id", "name": "f", "arguments": "{}"},
+    ),
+}
+
+
+async def unheeded(python: Path, kinds: Sequence[tuple[str, str]], needless: Mapping[str, str]) -> list[str]:
+    """The fields that a package's types have, and that an endpoint neither honours nor refuses by name.
+
+    `kinds`: endpoints, and where the type of their bodies is: "module:name". `needless`: patterns of fields that ask
+    for nothing that is not done without them, and why.
+    """
+    tables = {table.path: table for table in TABLES}
+    patterns = [re.compile(pattern) for pattern in needless]
+    found = []
+    for path, name, without, given in json.loads(await used(python, FIELDS.read_text(), json.dumps(kinds))):
+        plain, asked = (_read(tables[path], name, body) for body in (without, given))
+        if isinstance(asked, Refusal):
+            heeded = asked.code != "unknown_parameter" and _first(str(asked.param)) == _first(name)
+        else:
+            heeded = plain != asked or any(pattern.fullmatch(name) for pattern in patterns)
+        if not heeded:
+            found.append(f"{path} {name}: {asked}")
+    return found
+
+
+def _first(name: str) -> str:
+    """The parameter that a field is part of."""
+    return re.split(r"\W", name)[0]
+
+
+def _read(table: Table, name: str, body: Any) -> Draft | Refusal:
+    for item, (parameter, call) in CALLED.items():
+        if item in name and parameter in body:
+            body = {**body, parameter: [call, *body[parameter]]}
+    try:
+        return table.read(body)
+    except Refusal as refusal:
+        return refusal
