@@ -322,8 +322,10 @@ class TextAnswers(Choices):
         return {"index": index, "text": "", "logprobs": None, "finish_reason": None}
 
     def _logprobs(self, index: int, text: str, tokens: Sequence[TokenLogprob]) -> Json | None:
+        if not self._asked:
+            return None
         offsets = self._offsets[index].of(text, tokens)
-        if not tokens or not self._asked:
+        if not tokens:
             return None
         return {
             "tokens": [token.text for token in self._named(tokens)],

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,44 @@ async def test_an_adapter_is_loaded_by_prime_rls_path_too(byte_tokenizer_directo
         body = {"lora_name": "student", "lora_path": str(write_adapter(tmp_path / "step"))}
         assert (await caller.post("/load_lora_adapter", body)).status == 200
         assert (await caller.chat(model="student")).status == 200
+
+
+async def test_a_run_of_prime_rl_is_served_and_told_what_it_cannot_do(
+    byte_tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    """Its calls, in their order, some without a body, and by its paths beside those below /v1."""
+    async with (
+        control_plane(byte_tokenizer_directory, tmp_path, models=("tiny",)) as control,
+        caller_of(control.addresses.data, admin=control.addresses.admin) as caller,
+    ):
+        assert (await caller.get("/health")).status == 200
+        assert "models/tiny" in {model["id"] for model in (await caller.get("/v1/models")).json["data"]}
+        assert (await caller.post("/init_broadcaster", {"host": "a", "port": 1, "rank_offset": 0})).status == 400
+        published = set()
+        for step in range(2):
+            body = {"lora_name": "student", "lora_path": str(write_adapter(tmp_path / f"step-{step}", seed=step))}
+            assert (await caller.post("/load_lora_adapter", body)).status == 200
+            sampling: dict[str, Any] = {
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "logprobs": True,
+                "max_completion_tokens": 4,
+                "max_tokens": 4,
+            }
+            sampling |= {
+                "top_k": -1,
+                "min_p": 0.0,
+                "min_tokens": 0,
+                "repetition_penalty": 1.0,
+                "return_token_ids": True,
+            }
+            [choice] = (await caller.chat(model="student", **sampling)).json["choices"]
+            published.add(choice["adapter_version"])
+        assert len(published) == 2
+        assert (await caller.request("POST", "/pause", b"", {})).status == 200
+        assert (await caller.post("/update_weights", {"weight_dir": "/somewhere"})).status == 400
+        assert (await caller.request("POST", "/resume", b"", {})).status == 200
+        assert (await caller.post("/v1/unload_lora_adapter", {"lora_name": "student"})).status == 200
 
 
 # ---- token ids in and out --------------------------------------------------------------------------------------------
