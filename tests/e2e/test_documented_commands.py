@@ -35,6 +35,7 @@ NOT_RUN = {
     "python -m benchmarks.": "measures for minutes to hours, some of it beside other systems",
     "loraplex quantize": "needs the extra quantize, in an environment of its own",
     "lm_eval": "fetches lm-eval, and its task from the hub",
+    "guidellm": "needs an environment of its own; test_http_clients.py runs it as it stands there",
     "source <(loraplex completion zsh)": "is for another shell than the one that runs this",
 }
 

@@ -6,11 +6,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.docs.pages import blocks
 from tests.e2e.conftest import DEMO, Server, running_server
 from tests.service.http.clients.environments import environment, needs_uvicorn
 
@@ -105,6 +107,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def with_guidellm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment(tmp_path_factory.mktemp("guidellm"), "guidellm>=0.8", beside=peft)
+
+
 def use(python: Path, script: str, server: Server, *arguments: str) -> str:
     """What the script prints. Fails where it does."""
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OPENAI_API_KEY": "any"}
@@ -130,6 +137,30 @@ def test_lm_eval_finds_the_likelihoods_of_transformers_and_peft(served: Server, 
     printed = use(python, LM_EVAL, served, str(MODEL), str(tmp_path))
     for found, (prompt, ends) in zip(json.loads(printed.splitlines()[-1]), CHOICES, strict=True):
         assert found == pytest.approx([likelihood(prompt, end) for end in ends], abs=1e-3)
+
+
+@pytest.mark.parametrize("form", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_guidellm_measures_as_the_page_says(served: Server, with_guidellm: Path, tmp_path: Path, form: str) -> None:
+    [shown] = [block.text for block in blocks("sh") if block.text.startswith("guidellm run")]
+    places = {
+        "127.0.0.1:8000": str(served.http),
+        "/models/storyteller": str(MODEL),
+        "figures.json": str(tmp_path / "figures.json"),
+    }
+    places |= {
+        "model=pirate": f"model=pirate,request_format={form}",
+        "guidellm run": f"{with_guidellm} -m guidellm run",
+    }
+    for ours, there in places.items():
+        assert ours in shown
+        shown = shown.replace(ours, there)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(shown, shell=True, capture_output=True, text=True, timeout=USE_SECONDS, env=offline)
+    assert done.returncode == 0, done.stderr[-4000:]
+    [run] = json.loads((tmp_path / "figures.json").read_text())["benchmarks"]
+    assert not run["requests"]["errored"], run["requests"]["errored"][0]["info"]["error"]
+    assert [each["output_tokens"] for each in run["requests"]["successful"]] == [16] * 16
+    assert all(each["prompt_tokens"] >= 32 for each in run["requests"]["successful"])
 
 
 def likelihood(prompt: str, end: str) -> float:
