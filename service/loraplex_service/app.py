@@ -12,7 +12,7 @@ import grpc.aio
 from loraplex_engine.link.bus_directory import BusDirectory
 from loraplex_service.assembly import Application, LaunchFor, assemble
 from loraplex_service.auth.door import Door
-from loraplex_service.config import LimitsConfig, ServiceConfig
+from loraplex_service.config import ServiceConfig
 from loraplex_service.control.metrics_snapshot import Served
 from loraplex_service.errors import Unavailable
 from loraplex_service.http.process import http_process
@@ -21,6 +21,7 @@ from loraplex_service.keeping import kept
 from loraplex_service.models.config import HostedModelConfig
 from loraplex_service.models.machines import meeting_options
 from loraplex_service.models.supervisor import Launch, launcher
+from loraplex_service.ports.config import LimitsConfig
 from loraplex_service.ports.interceptors import CallInterceptor, CallLimits
 from loraplex_service.ports.listeners import ConnectionLimits, Service, build_server, drain
 from loraplex_service.ports.probes import build_probe_server

@@ -11,11 +11,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import msgspec
+from msgspec.structs import FieldInfo
 
 from loraplex_adapters.grammar import ID_RULE, is_id
+from loraplex_engine.link.bounds import choice_problems
 from loraplex_engine.link.logs import LOG_FORMATS
 from loraplex_service.adapters.config import AdapterConfig, ConstraintConfig
 from loraplex_service.admission.tenants import TenantConfig
@@ -25,7 +27,7 @@ from loraplex_service.config_file import ConfigError, read_yaml
 from loraplex_service.models.config import HostedModelConfig, SupervisionConfig, is_model
 from loraplex_service.models.devices import ROUNDING
 from loraplex_service.models.machines import machines_problems
-from loraplex_service.ports.config import DIALECTS, TlsConfig
+from loraplex_service.ports.config import DIALECTS, LimitsConfig, TlsConfig
 from loraplex_service.requests.forms import checked_grammar
 from loraplex_service.telemetry.config import OtlpConfig, UsageConfig
 
@@ -34,77 +36,79 @@ STATE_DIRECTORY = ".loraplex"
 LOOPBACK_HOSTS = frozenset(("127.0.0.1", "[::1]", "localhost"))
 
 
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the parts of the file: a key that does not exist is an error."""
-
-
-class LimitsConfig(_Section, frozen=True):
-    """Limits on requests in flight, on message sizes, and on waiting times."""
-
-    in_flight_sequences: float = 4.0  # times max_num_seqs; beyond it requests are refused as OVERLOADED
-    in_flight_cache_tokens: float = 4.0  # times the tokens that the key-value cache holds
-    expected_output_tokens: int = 512  # an output counts as at most so many tokens
-    unread_tokens: int = 8192  # unread tokens of one stream; beyond it the stream is cut
-    unread_seconds: float = 30.0  # for which a message of a stream may stay unread
-    unread_bytes: int = 256 << 20  # unread answers to unary calls, of one tenant
-    answer_bytes: int = 32 << 20  # one answer to a unary call
-    request_bytes: int = 4 << 20  # a request of the data port, decompressed
-    batch_bytes: int = 8 << 20  # a BatchGenerate request, decompressed
-    message_seconds: float = 30.0  # to wait for a call's next message
-    calls_per_tenant: int = 2048  # calls in progress on one port
-    calls_per_connection: int = 64  # calls in progress; one that waits for its turn takes 16 KiB
-    connections: int = 1024  # to one port
-    idle_connection_seconds: float = 300.0  # without a call
-    adapter_load_wait_seconds: float = 60.0  # the longest wait of a request for its adapter
-    template_workers: int = 2  # processes that render chat templates
-    waiting_text_bytes: int = 32 << 20  # long texts in work or waiting; beyond it requests are refused as OVERLOADED
-    upload_bytes: int = 2 << 30  # all files of one uploaded or fetched adapter
-
-
-class ServiceConfig(_Section, frozen=True):
+class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
-    models: tuple[HostedModelConfig, ...]
-    adapters: tuple[AdapterConfig, ...] = ()
-    adapter_roots: tuple[str, ...] = ()  # adapters are read only from below these directories
-    adapter_sources: tuple[str, ...] = ()  # and fetched only from these prefixes: "s3://bucket/prefix/", "hf://owner/"
-    object_store: dict[str, str] = {}  # for s3://: endpoint, region, …
-    state_directory: str | None = None  # state that survives restarts; "": none is kept. Default in a file: beside it
-    state: str | None = None  # postgresql://…: the database of a fleet's state; None: this server has its own
-    fleet_listen: str | None = None  # where the other replicas of the fleet may fetch adapters' files from this one
-    fleet_address: str | None = None  # what they call that; None: as fleet_listen has it
-    fleet_server_name: str | None = None  # which replicas' certificates are for; None: the hosts of their addresses
-    fleet_ca: str | None = None  # PEM: who signed those; None: tls.client_ca, or whom the system trusts
-    machines_listen: str | None = None  # where the other machines of a model come: those that `machines` counts
-    machines_secret: str | None = None  # the file with what they know each other by
-    listen: str = "127.0.0.1:50051"  # the data port; port 0 takes a free one
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"dialects": DIALECTS, "log_format": LOG_FORMATS}
+
+    models: tuple[HostedModelConfig, ...]  # the base models, at least one
+    adapters: tuple[AdapterConfig, ...] = ()  # adapters to register at the start; more come and go through the API
+    # adapters are read only from below these directories; links may not lead out of them
+    adapter_roots: tuple[str, ...] = ()
+    # adapters are fetched only from these prefixes: `s3://bucket/prefix/`, `hf://owner/`
+    adapter_sources: tuple[str, ...] = ()
+    # for `s3://`: `endpoint`, `region`, …, as obstore's S3Store has them. Keys come from `AWS_ACCESS_KEY_ID` and its
+    # like
+    object_store: dict[str, str] = {}
+    # the state that survives a restart: adapters, versions, routes, pins, uploaded files. One server for each
+    # directory. `""`: none is kept. Left out: `.loraplex` beside the file
+    state_directory: str | None = None
+    # `postgresql://USER@HOST/DATABASE`: the state that the replicas of a fleet share, see docs/fleet.md. Left out:
+    # the server's own, in `state_directory`. Needs the extra `postgresql`
+    state: str | None = None
+    # where the other replicas of the fleet may fetch the files of adapters from this one; port 0 takes a free one. See
+    # docs/fleet.md#files
+    fleet_listen: str | None = None
+    # what other replicas call that, such as `10.0.0.7:50054`. Left out: as `fleet_listen` has it
+    fleet_address: str | None = None
+    # with `tls`: the name that the replicas' certificates are for. Left out: the host of each `fleet_address`
+    fleet_server_name: str | None = None
+    # with `tls`: a file in PEM with the authority that signed the replicas' certificates. Left out: `tls.client_ca`,
+    # and without that whom the system trusts
+    fleet_ca: str | None = None
+    # where the other machines of a model come, of which it has several (`machines`): an address of this one that they
+    # reach, such as `10.0.0.5:50055`. See docs/scale.md#one-model-over-several-machines
+    machines_listen: str | None = None
+    machines_secret: str | None = None  # a file with the secret that they know each other by, of at least 32 bytes
+    # inference and tokens; port 0 takes a free one, which the first line on stdout reports
+    listen: str = "127.0.0.1:50051"
+    # models, adapters, routes, server: for callers with the role `admin`; without `auth`, for everybody who can reach
+    # it
     admin_listen: str = "127.0.0.1:50052"
-    health_listen: str | None = (
-        None  # a plaintext port for an orchestrator's probes: see service/loraplex_service/ports/probes.py
-    )
-    metrics_listen: str | None = (
-        None  # the Prometheus page, in plaintext: see service/loraplex_service/control/metrics_page.py
-    )
-    dialects: tuple[str, ...] = ()  # spoken on the data port beside the contract: see service/loraplex_service/dialects
-    http_listen: str | None = (
-        None  # OpenAI's and Anthropic's APIs over HTTP, from a process of its own: see service/loraplex_service/http
-    )
-    http_admin: bool = False  # whether adapters may be loaded and unloaded over HTTP, by who may over gRPC
-    http_hosts: tuple[str, ...] = ()  # names by which it is called where it asks for no credentials, beside its address
-    tls: TlsConfig | None = None
-    insecure: bool = False  # allow other addresses than loopback without TLS and without credentials
-    auth: AuthConfig | None = None  # None: every caller that reaches a listener may call
-    tenants: dict[str, TenantConfig] = {}
-    other_tenants: TenantConfig = TenantConfig()  # tenants that `tenants` does not name
-    drain_grace_seconds: float = 30.0  # for running requests to end, once told to stop
-    lame_duck_seconds: float = 0.0  # before that: still serving, but reporting NOT_SERVING to balancers
-    log_level: str = "INFO"
-    log_format: str = "text"  # or "json": one object a line
-    access_log: bool = False  # a line for each call
-    usage: UsageConfig | None = None
-    otlp: OtlpConfig | None = None
-    limits: LimitsConfig = LimitsConfig()
-    supervision: SupervisionConfig = SupervisionConfig()
+    # a plaintext port for the probes of an orchestrator: `startup`, `liveness` and `readiness` of grpc.health.v1, and
+    # nothing else
+    health_listen: str | None = None
+    metrics_listen: str | None = None  # a plaintext port for Prometheus: `http://…/metrics`, see docs/metrics.md
+    dialects: tuple[str, ...] = ()  # what `listen` speaks beside the contract: see docs/dialects.md
+    # OpenAI's and Anthropic's APIs over HTTP, from a process of its own: see docs/http.md. Needs the extra `http`
+    http_listen: str | None = None
+    # whether adapters may be loaded and unloaded over HTTP, by who may do so over gRPC: see
+    # docs/http.md#adapters-at-run-time
+    http_admin: bool = False
+    # names by which HTTP callers reach the server, such as `loraplex.internal`, where it asks for no credentials and
+    # has no certificate: beside `localhost`, the host of `http_listen` and every address they are the only ones taken.
+    # See docs/http.md#pages-in-browsers
+    http_hosts: tuple[str, ...] = ()
+    tls: TlsConfig | None = None  # certificates, for both ports and for HTTP
+    # allow other addresses than loopback without TLS or without credentials; also `serve --insecure`
+    insecure: bool = False
+    # the credentials of callers. Left out: everybody who can reach a listener may call
+    auth: AuthConfig | None = None
+    tenants: dict[str, TenantConfig] = {}  # the quotas of tenants, by their names: see docs/tenants.md
+    other_tenants: TenantConfig = TenantConfig()  # of each tenant that `tenants` does not name
+    drain_grace_seconds: float = 30.0  # time for running requests to end after SIGTERM, or when their model is unloaded
+    # before that: still serving, but reporting NOT_SERVING to load balancers, so that they use other servers
+    lame_duck_seconds: float = 0.0
+    log_level: str = "INFO"  # the level of the service and its engines
+    # `json` has one object a line, with `trace_id`, `request_id`, the caller's `client_request_id` and `labels`,
+    # `tenant` and `adapter` where they are known
+    log_format: str = "text"
+    # a line for each call and each generation with caller, method, status, tokens and times; never prompts or outputs
+    access_log: bool = False
+    usage: UsageConfig | None = None  # a record of each generation, for billing
+    otlp: OtlpConfig | None = None  # the collector of traces and metrics
+    limits: LimitsConfig = LimitsConfig()  # on requests in flight, on sizes and on waiting times
+    supervision: SupervisionConfig = SupervisionConfig()  # of the engines
 
     def with_free_ports(self) -> Self:
         """Return a copy that listens on free loopback ports, whatever the file says."""
@@ -114,6 +118,16 @@ class ServiceConfig(_Section, frozen=True):
 def default_config_file() -> Path:
     """The path of the embedded configuration, with models and adapters small enough for any machine."""
     return Path(str(resources.files("loraplex_demo"))) / "loraplex.yaml"
+
+
+def variables() -> dict[str, FieldInfo]:
+    """The names of the environment that set a key of the top level, each with that key."""
+    fields = msgspec.structs.fields(ServiceConfig)
+    return {
+        ENVIRONMENT_PREFIX + field.name.upper(): field
+        for field in fields
+        if field.type in (str, bool, int, float, str | None)
+    }
 
 
 def load_config(file: Path | None, environment: Mapping[str, str]) -> ServiceConfig:
@@ -156,9 +170,8 @@ def _overrides(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str
     """Return the settings in the environment, and what is wrong with them."""
     overrides: dict[str, Any] = {}
     problems: list[str] = []
-    for field in msgspec.structs.fields(ServiceConfig):
-        variable = ENVIRONMENT_PREFIX + field.name.upper()
-        if field.type not in (str, bool, int, float, str | None) or variable not in environment:
+    for variable, field in variables().items():
+        if variable not in environment:
             continue
         try:
             overrides[field.name] = msgspec.convert(environment[variable], field.type, strict=False)
@@ -260,8 +273,6 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
     yield from (f"other_tenants: {problem}" for problem in config.other_tenants.problems())
     yield from _listener_problems(config)
     yield from _repeated("dialects", list(config.dialects))
-    for name in sorted(set(config.dialects) - set(DIALECTS)):
-        yield f"dialects: {name!r} is not one of {', '.join(DIALECTS)}"
     yield from _fleet_problems(config)
     if config.auth is not None:
         yield from (f"auth: {problem}" for problem in config.auth.problems())
@@ -269,17 +280,11 @@ def _problems(config: ServiceConfig) -> Iterator[str]:
             yield "auth: certificates: no caller is asked for a certificate; set tls.client_ca"
     if config.log_level.upper() not in logging.getLevelNamesMapping():
         yield f"log_level {config.log_level!r} is not one of DEBUG, INFO, WARNING, ERROR"
-    if config.log_format not in LOG_FORMATS:
-        yield f"log_format {config.log_format!r} is not one of {', '.join(LOG_FORMATS)}"
     if config.usage is not None:
         yield from (f"usage: {problem}" for problem in config.usage.problems())
     if config.otlp is not None:
         yield from (f"otlp: {problem}" for problem in config.otlp.problems())
-    for name in _COUNTS_OF_GRPC:
-        if not 1 <= getattr(config.limits, name) <= _MOST_OF_GRPC:
-            yield f"limits: {name} {getattr(config.limits, name)} must be from 1 to {_MOST_OF_GRPC}"
-    if config.limits.template_workers < 1:
-        yield f"limits: template_workers {config.limits.template_workers} must be at least 1"
+    yield from choice_problems(config)
     yield from number_problems(config)
 
 
@@ -324,17 +329,6 @@ def _form_problems(constraint: ConstraintConfig) -> Iterator[str]:
         checked_grammar(constraint.message())
     except ValueError as error:
         yield f"{constraint.kinds[0]}: cannot be used: {error}"
-
-
-_COUNTS_OF_GRPC = (
-    "connections",
-    "calls_per_connection",
-    "calls_per_tenant",
-    "request_bytes",
-    "batch_bytes",
-    "answer_bytes",
-)
-_MOST_OF_GRPC = 1 << 30  # its options are of 32 bits
 
 
 def _repeated(key: str, names: list[str]) -> Iterator[str]:

@@ -4,13 +4,14 @@ Checked are unknown keys, values of a wrong type, and numbers out of range.
 """
 
 import difflib
-import math
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from types import NoneType
 from typing import Any, get_args, get_origin
 
 import msgspec
 
+from loraplex_engine.link.bounds import Bounds
 from loraplex_engine.link.config import EngineConfig
 
 # Floats of which 0 makes sense: others are above it.
@@ -28,10 +29,10 @@ MAY_BE_ZERO = frozenset(
         "trace_ratio",
     )
 )
-# Of floats other than 0: beyond these, timers spin or overflow, and sums forget what is added to them.
-AMOUNTS = (1e-6, 1e9)
-SECONDS = (1e-3, 2e6)  # gRPC counts milliseconds in 32 bits
-MAY_BE_NEGATIVE = frozenset(("max_priority",))
+# Beyond these timers spin or overflow, and sums forget what is added to them.
+AMOUNTS = Bounds(1e-6, 1e9)
+SECONDS = Bounds(1e-3, 2e6)  # gRPC counts milliseconds in 32 bits
+COUNTS = Bounds(0)  # of what is a whole number
 
 TOP = "the top level"
 Section = type[msgspec.Struct]
@@ -99,13 +100,25 @@ def sections(whole: Section, place: str = "") -> Iterator[tuple[str, Section]]:
             yield from sections(within, inside)
 
 
+def bounds_of(section: Section, name: str, *, is_whole: bool) -> Bounds:
+    """What a number of a section may be: what the section states, else what holds for all of its kind."""
+    stated: Bounds | None = getattr(section, "BOUNDS", {}).get(name)
+    if stated is not None:
+        return stated
+    if is_whole:
+        return COUNTS
+    return replace(SECONDS if name.endswith("_seconds") else AMOUNTS, zero=name in MAY_BE_ZERO)
+
+
 def number_problems(section: msgspec.Struct, place: str = "") -> Iterator[str]:
     """Problems with the numbers of a section and the sections in it, except those that engines check themselves."""
     for name in section.__struct_fields__:
         value = getattr(section, name)
         inside = _inside(place, name)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            yield from (f"{place}{': ' if place else ''}{name} {value} {problem}" for problem in _wrong(name, value))
+            bounds = bounds_of(type(section), name, is_whole=isinstance(value, int))
+            if not bounds.has(value):
+                yield f"{place}{': ' if place else ''}{name} {value} must be {bounds}"
         elif isinstance(value, msgspec.Struct):
             yield from number_problems(value, inside)
         elif isinstance(value, dict):
@@ -118,19 +131,6 @@ def _problems_of_all(items: Any, place: str) -> Iterator[str]:
     for key, item in items:
         if isinstance(item, msgspec.Struct) and not isinstance(item, EngineConfig):
             yield from number_problems(item, place.format(key))
-
-
-def _wrong(name: str, value: float) -> Iterator[str]:
-    if not math.isfinite(value):
-        yield "must be a finite number"
-    elif isinstance(value, float) and value == 0 and name not in MAY_BE_ZERO:
-        yield "must be above 0"
-    elif value < 0 and name not in MAY_BE_NEGATIVE:
-        yield "must not be negative" if name in MAY_BE_ZERO or isinstance(value, int) else "must be above 0"
-    elif isinstance(value, float) and value > 0:
-        low, high = SECONDS if name.endswith("_seconds") else AMOUNTS
-        if not low <= value <= high:
-            yield f"must be from {low:g} to {high:g}"
 
 
 def _section(kind: Any) -> Section | None:

@@ -1,108 +1,71 @@
-"""docs/configuration.md has every key of the configuration, each with the default that it has, and no other."""
+"""docs/configuration-keys.md is what the classes of the configuration say, and what they say of their keys holds."""
 
 import re
-from typing import Any
+import runpy
+from typing import Any, get_args
 
 import msgspec
 import pytest
 
-from loraplex_service.admission.tenants import TenantConfig
-from loraplex_service.auth.config import AuthConfig
-from loraplex_service.config import ENVIRONMENT_PREFIX, LimitsConfig, ServiceConfig
-from loraplex_service.config_checks import sections
-from loraplex_service.models.config import HostedModelConfig, SupervisionConfig
-from loraplex_service.telemetry.config import OtlpConfig, UsageConfig
-from tests.docs.pages import ROOT, section, table_rows
+from loraplex_engine.link.config import EngineConfig
+from loraplex_engine.link.drafts import DraftConfig
+from loraplex_service.config import ServiceConfig
+from loraplex_service.config_checks import Section, Shape, sections
+from loraplex_service.picker.config import PickerConfig
+from tests.docs.pages import ROOT, table_rows
 
-SECTIONS = {kind.__name__: kind for _, kind in sections(ServiceConfig)}
-PAGE = ROOT / "docs" / "configuration.md"
-TABLES: dict[str, type[msgspec.Struct]] = {
-    "## Top level": ServiceConfig,
-    "## `models`": HostedModelConfig,
-    "## `auth`": AuthConfig,
-    "## `tenants`": TenantConfig,
-    "## `limits`": LimitsConfig,
-    "## `supervision`": SupervisionConfig,
-    "## `usage`": UsageConfig,
-    "## `otlp`": OtlpConfig,
-}
-# Sections whose keys stand in a sentence and in examples instead of a table of their own.
-IN_PROSE = {
-    "TlsConfig": "`tls`",
-    "DraftConfig": "| `drafts`",
-    "AdapterConfig": "## `adapters`",
-    "ConstraintConfig": "## `adapters`",
-    "JwtConfig": "## `auth`",
-    "CertificateConfig": "## `auth`",
-}
-SECTIONS_OF_THEIR_OWN = {"adapters", "tenants", "other_tenants", "limits", "supervision", "usage", "otlp"}
-UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-BY_ITSELF = "decided when it starts"  # a default in words, of a key that is None in the code
+SCRIPT = runpy.run_path(str(ROOT / "docs" / "configuration_keys.py"))
+PAGE = ROOT / "docs" / "configuration-keys.md"
+SECTIONS = list(dict.fromkeys(section for whole in (ServiceConfig, PickerConfig) for _, section in sections(whole)))
 
 
-def keys_of(heading: str) -> dict[str, str]:
-    """The keys of a section's first table, and what stands in the column of defaults."""
-    rows = table_rows(section(PAGE, heading).partition("\n### ")[0])
-    return {name: cells[1] for cells in rows for name in re.findall(r"`(\w+)`", cells[0])}
+def cells() -> dict[str, list[str]]:
+    """What the page says of each key of the server's file, by its path."""
+    text = PAGE.read_text().partition("## The file of the picker")[0]
+    return {row[0].strip("`"): row for row in table_rows(text)}
 
 
-def default_of(text: str) -> Any:
-    """The value that a cell of the column of defaults stands for."""
-    number = re.fullmatch(r"([\d,.]+)(?: ([KMG]iB))?", text)
-    if number:
-        value = float(number[1].replace(",", ""))
-        return value * UNITS.get(number[2], 1)
-    if text in ("none", "any"):
-        return None
-    if listed := re.fullmatch(r"`\[([^`]*)\]`", text):
-        return tuple(listed[1].split(", "))
-    if quoted := re.fullmatch(r"`([^`]*)`", text):
-        return {"true": True, "false": False}.get(quoted[1], quoted[1])
-    return BY_ITSELF
+def test_the_page_is_what_the_classes_say() -> None:
+    assert PAGE.read_text() == SCRIPT["page"](), "run docs/configuration_keys.py"
 
 
-@pytest.mark.parametrize("heading", TABLES)
-def test_a_table_has_the_keys_of_its_section_and_no_other(heading: str) -> None:
-    fields = {field.name for field in msgspec.structs.fields(TABLES[heading])}
-    missing = fields - keys_of(heading).keys() - (SECTIONS_OF_THEIR_OWN if TABLES[heading] is ServiceConfig else set())
-    assert not missing, "are not documented"
-    assert keys_of(heading).keys() <= fields, "are documented and do not exist"
+def test_a_key_that_stands_in_the_wrong_place_is_sent_to_one_that_the_page_has() -> None:
+    paths = {path: path.rpartition(".")[2] for path in cells()}
+    elsewhere = sorted(set(paths.values()) - {field.name for field in msgspec.structs.fields(ServiceConfig)})
+    assert len(elsewhere) > 80
+    for key in elsewhere:
+        shape = Shape(ServiceConfig)
+        shape.pruned({"models": [], key: 1}, ServiceConfig)
+        [said] = [found for mistake in shape.mistakes for found in re.findall("it belongs in (.*)", mistake)]
+        assert paths.get(f"{said}.{key}") == key
 
 
-@pytest.mark.parametrize("heading", TABLES)
-def test_a_table_states_the_defaults_that_hold(heading: str) -> None:
-    fields = {field.name: field for field in msgspec.structs.fields(TABLES[heading])}
-    for key, text in keys_of(heading).items():
-        field, stated = fields[key], default_of(text)
-        if field.required:
-            assert text == "–", key
-        elif stated is None:
-            assert not field.default or field.default is msgspec.NODEFAULT, key
-        elif stated != BY_ITSELF:
-            assert field.default == stated, key
-        elif text:
-            assert field.default in (None, "", ()), f"{key} has the default {field.default!r}, the page says: {text}"
+def test_what_a_comment_says_above_and_beside_a_field_is_its_meaning() -> None:
+    rows = cells()
+    assert rows["limits.template_workers"][4] == "processes that render chat templates"
+    assert rows["models[].device"][4].endswith(
+        "([sizing: several models on one machine](sizing.md#several-models-on-one-machine))"
+    )
 
 
-@pytest.mark.parametrize("name", IN_PROSE)
-def test_keys_without_a_table_are_named(name: str) -> None:
-    kind = SECTIONS[name]
-    page = PAGE.read_text()
-    start = page.index(IN_PROSE[name])
-    for field in msgspec.structs.fields(kind):
-        assert re.search(rf"`{field.name}`|\b{field.name}:", page[start:]), f"{name}.{field.name}"
+def test_types_defaults_and_bounds_are_those_of_the_class() -> None:
+    rows = cells()
+    assert rows["models[].name"][1:4] == ["text", "–", ""]
+    assert rows["models[].dtype"][1:4] == ["text", "`auto`", "`auto`, `float32`, `bfloat16`, `float16`"]
+    assert rows["limits.upload_bytes"][1:4] == ["whole number", "2 GiB", "at least 0"]
+    assert rows["tenants.*.weight"][1:4] == ["number", "1", "from 0.001 to 1000"]
+    assert rows["supervision.stop_seconds"][1:4] == ["number", "10", "0, or from 0.001 to 2000000"]
+    assert rows["auth.certificates[].roles"][1:4] == ["list: text", "`[inference]`", "`inference`, `adapters`, `admin`"]
 
 
-def test_every_section_is_documented() -> None:
-    assert SECTIONS.keys() == {kind.__name__ for kind in TABLES.values()} | IN_PROSE.keys()
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_what_a_section_states_of_its_keys_is_of_keys_that_it_has(section: Section) -> None:
+    stated = {**getattr(section, "BOUNDS", {}), **getattr(section, "CHOICES", {})}
+    assert stated.keys() <= set(section.__struct_fields__)
 
 
-def test_the_page_names_the_variables_that_are_read() -> None:
-    listed = set(re.findall(r"`(LORAPLEX_\w+)`", section(PAGE, "# Configuration").partition("\n## ")[0]))
-    scalars = (str, bool, int, float, str | None)
-    read = {
-        ENVIRONMENT_PREFIX + field.name.upper()
-        for field in msgspec.structs.fields(ServiceConfig)
-        if field.type in scalars
-    }
-    assert listed - {"LORAPLEX_CONFIG"} == read
+@pytest.mark.parametrize("section", [EngineConfig, DraftConfig])
+def test_every_number_of_an_engine_has_bounds_that_the_engine_checks(section: Any) -> None:
+    fields = msgspec.structs.fields(section)
+    numbers = {field.name for field in fields if {int, float} & {field.type, *get_args(field.type)}}
+    assert section.BOUNDS.keys() == numbers

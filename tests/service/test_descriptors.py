@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from loraplex_service.config import LimitsConfig, ServiceConfig
+from loraplex_service.config import ServiceConfig
 from loraplex_service.descriptors import SPARE, descriptors_needed, raise_descriptor_limit
 from loraplex_service.models.config import HostedModelConfig
+from loraplex_service.ports.config import LimitsConfig
 
 
 @pytest.fixture

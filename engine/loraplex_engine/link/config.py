@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
+from loraplex_engine.link.bounds import AT_LEAST_1, Bounds, bound_problems, choice_problems
 from loraplex_engine.link.drafts import DraftConfig
-from loraplex_engine.link.ranks import DEVICE, rank_devices, rank_problems
+from loraplex_engine.link.ranks import DEVICE, RANKS, rank_devices, rank_problems
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-IMPLEMENTATIONS = ("auto", "native", "transformers")
 QUANTIZATIONS = ("nf4", "int8", "int4")
-HEAD_QUANTIZATIONS = ("int8",)
 KV_CACHE_DTYPES = ("auto", "int8", "fp8")
-LEAST_FRACTION = 0.0001  # the least fraction of a core or of memory that makes sense
-BACKENDS = ("auto", "reference", "cpu", "triton")
+FRACTION = Bounds(0.0001, 1)  # of a core or of memory; less makes no sense
 USUAL_CACHE_FRACTION = 0.5  # of the host's memory that is free once a model is loaded, for all caches together
 USUAL_MEMORY_FRACTION = 0.9  # of a GPU; the rest is for CUDA contexts, about half a GiB an engine
 
@@ -24,42 +21,120 @@ USUAL_MEMORY_FRACTION = 0.9  # of a GPU; the rest is for CUDA contexts, about ha
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One base model and the resources it may use. `check` names every field that makes no sense."""
 
-    model: str  # a local directory, or a hub id
-    revision: str | None = None  # the revision of a hub id: pin it
-    implementation: str = "auto"  # who computes the layers; auto: transformers' class where no native family does
-    dtype: str = "auto"  # auto: bfloat16 where the checkpoint is 16-bit, else float32
-    quantization: str | None = None  # applied to an unquantised checkpoint at load; None: leave it as it is
-    head_quantization: str | None = None  # applied to a dense lm_head at load, whatever the other linears are
-    device: str = "auto"  # auto: cuda where there is one, else cpu
-    tensor_parallel: int = 1  # ranks, each a process with a part of every matrix
-    pipeline_parallel: int = 1  # stages, each with a part of the layers
-    machines: int = 1  # that compute the model together, each with as many of its ranks
-    devices: tuple[str, ...] = ()  # of a machine's ranks, in order; none: `device` and those that follow it
-    kernels: str = "auto"
-    threads: int | None = None  # compute threads on the CPU; None: all cores the process may use
-    max_model_len: int | None = None  # tokens; None: what the model was made for
-    rope_scaling: dict[str, Any] | None = None  # replaces config.json's, and is spelt as there
-    block_size: int = 16  # tokens
-    device_memory_fraction: float | None = None  # share of a GPU's memory for this model; None: 0.9
-    kv_cache_bytes: int | None = None  # None: on CUDA the rest of that share, on the CPU kv_cache_fraction
-    kv_cache_dtype: str = "auto"  # auto: the model's. int8, fp8: rounded, with a scale for each head and token
-    kv_cache_fraction: float | None = None  # on the CPU: share of the memory that is free after loading; None: 0.5
-    host_cache_bytes: int = 0  # host memory for blocks that the prefix cache has no room for; 0: they are forgotten
-    disk_cache_bytes: int = 0  # files for blocks that came to host memory: they outlive the process; 0: none
-    disk_cache_directory: str | None = None  # for these files, of this model alone
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "implementation": ("auto", "native", "transformers"),
+        "dtype": ("auto", "float32", "bfloat16", "float16"),
+        "quantization": QUANTIZATIONS,
+        "head_quantization": ("int8",),
+        "kernels": ("auto", "reference", "cpu", "triton"),
+        "kv_cache_dtype": KV_CACHE_DTYPES,
+    }
+    BOUNDS: ClassVar[dict[str, Bounds]] = {
+        "tensor_parallel": RANKS,
+        "pipeline_parallel": RANKS,
+        "machines": RANKS,
+        "threads": AT_LEAST_1,
+        "max_model_len": AT_LEAST_1,
+        "block_size": AT_LEAST_1,
+        "device_memory_fraction": FRACTION,
+        "kv_cache_bytes": AT_LEAST_1,
+        "kv_cache_fraction": FRACTION,
+        "host_cache_bytes": Bounds(0),
+        "disk_cache_bytes": Bounds(0),
+        "max_num_seqs": AT_LEAST_1,
+        "max_num_batched_tokens": AT_LEAST_1,
+        "max_adapter_rank": AT_LEAST_1,
+        "max_resident_adapters": AT_LEAST_1,
+        "adapter_device_bytes": AT_LEAST_1,
+        "adapter_host_bytes": AT_LEAST_1,
+        "adapter_loader_threads": AT_LEAST_1,
+        "adapter_load_share": FRACTION,
+    }
+
+    # a directory in Hugging Face layout, a GGUF file (docs/models.md#gguf-files), or the id of a model on the hub
+    model: str
+    revision: str | None = None  # the revision of a hub id: set it, so that it does not change
+    # who computes the layers: `native`, this server's own decoder; `transformers`, the class that transformers has for
+    # the architecture; auto: the latter where no native family reads the model. See
+    # docs/models.md#everything-else-transformers-own-modelling
+    implementation: str = "auto"
+    # auto: bfloat16 where the checkpoint has 16 bits, else float32. Gemma 2 and 3 overflow float16, and are refused in
+    # it
+    dtype: str = "auto"
+    # how an unquantised checkpoint is quantised while it is loaded. A quantised one is recognised by itself
+    quantization: str | None = None
+    # how an unquantised `lm_head` is quantised while it is loaded, whatever the other linears are. See
+    # docs/quantization.md#the-head
+    head_quantization: str | None = None
+    # `cpu`, `cuda` (any GPU) or `cuda:N`; auto: `cuda` where there is one, else `cpu`. Which of several GPUs it is goes
+    # by the sizes of all models (docs/sizing.md#several-models-on-one-machine)
+    device: str = "auto"
+    # the processes that compute a layer together, each with a part of every matrix. See docs/scale.md
+    tensor_parallel: int = 1
+    # the stages that the layers are divided into, each computed by `tensor_parallel` processes. See docs/scale.md
+    pipeline_parallel: int = 1
+    # the machines that these processes are shared out to, equally and in their order. See
+    # docs/scale.md#one-model-over-several-machines
+    machines: int = 1
+    # the device of each of these processes on a machine, in order: `[cuda:0, cuda:1]`, in place of `device`. Left out:
+    # `device` and those that follow it
+    devices: tuple[str, ...] = ()
+    kernels: str = "auto"  # who computes the operations: auto: `triton` on a GPU, else `cpu` if it was compiled
+    # compute threads on the CPU. Share them out when several models run on one machine. Left out: all cores
+    threads: int | None = None
+    # tokens of prompt and output together. The model's are its `max_position_embeddings`, times the factor of a linear
+    # or dynamic `rope_scaling`, as vLLM counts; of YaRN the factor times what it stretches. Left out: the model's
+    max_model_len: int | None = None
+    # replaces that of config.json, and is spelt as there: `{rope_type: yarn, factor: 4.0}`. The base and the part of
+    # each head that turns stay, unless it states others. A class of transformers that turns nothing by it (learned
+    # positions, ALiBi, GPT-J, CodeGen) refuses it. `dynamic` turns all positions as transformers turns those of a
+    # sequence of `max_model_len` tokens: with `max_model_len` at most `max_position_embeddings` it changes nothing.
+    # Left out: the model's
+    rope_scaling: dict[str, Any] | None = None
+    block_size: int = 16  # tokens per block of the key-value cache, a power of two
+    # the share of a GPU's memory for this model. Models on one GPU without a fraction share what the others leave of
+    # 0.9: equally, but none gets less than it needs
+    device_memory_fraction: float | None = None
+    # memory of the key-value cache. Left out: on a GPU the rest of the model's fraction, and on the CPU
+    # `kv_cache_fraction`. Given in bytes, the host's memory is taken at the start, beside the first requests; by
+    # fraction, as it is written to
+    kv_cache_bytes: int | None = None
+    # how keys and values are kept: as the model computes, or rounded to `int8` or `fp8` with a scale for each head and
+    # token. See docs/configuration.md#rounded-cache
+    kv_cache_dtype: str = "auto"
+    # on the CPU: the share of the memory that is free after loading, within the limits of the control groups. Models on
+    # the CPU without `kv_cache_bytes` and a fraction have equal parts of 0.5
+    kv_cache_fraction: float | None = None
+    # host memory for blocks that the prefix cache has no room for: they come back instead of being computed again. See
+    # docs/cache.md
+    host_cache_bytes: int = 0
+    # files for the same, which outlive the engine. Needs `host_cache_bytes` and `disk_cache_directory`. See
+    # docs/cache.md#blocks-on-disk
+    disk_cache_bytes: int = 0
+    # for these files: a directory of the server's user alone, of this model alone; made if it is not there
+    disk_cache_directory: str | None = None
     max_num_seqs: int = 256  # sequences that run at once
     max_num_batched_tokens: int = 2048  # tokens computed in one step
-    enable_prefix_caching: bool = True
-    cuda_graphs: bool = True  # on CUDA: capture decoding steps at the start, with and without adapters, and replay them
-    run_ahead: bool | None = None  # start a step before the tokens of the one before are read; None: on CUDA
-    drafts: DraftConfig | None = None  # guesses at the next tokens, checked in one step; None: no request may have any
-    batch_invariant: bool = False  # a request's bits never depend on its neighbours; may cost speed in prefill
-    max_adapter_rank: int = 256
-    max_resident_adapters: int = 256  # slots on the device
-    adapter_device_bytes: int = 1 << 30
-    adapter_host_bytes: int = 4 << 30
-    adapter_loader_threads: int = 2
-    adapter_load_share: float | None = None  # share of one core while requests run; None: 0.25 on the CPU, else 1
+    enable_prefix_caching: bool = True  # reuse the cache of equal beginnings of prompts
+    # on CUDA: capture decoding steps at the start and replay them. `false` starts sooner and decodes slower
+    cuda_graphs: bool = True
+    # start each step before the tokens of the one before are read. Left out: on CUDA alone. See
+    # docs/configuration.md#on-a-gpu
+    run_ahead: bool | None = None
+    # guesses at the next tokens, checked together in one step. Left out: no request may have any. See docs/drafts.md
+    drafts: DraftConfig | None = None
+    # a request's bits never depend on its neighbours; may cost speed in prefill. For models that transformers' classes
+    # compute, see docs/models.md#everything-else-transformers-own-modelling
+    batch_invariant: bool = False
+    max_adapter_rank: int = 256  # adapters above it are refused
+    max_resident_adapters: int = 256  # adapters on the device at once
+    adapter_device_bytes: int = 1 << 30  # device memory for adapters
+    adapter_host_bytes: int = 4 << 30  # host memory for adapters that were read
+    adapter_loader_threads: int = 2  # adapters read at once; and as many more while they are uploaded
+    # the share of one core that all loads together take while requests run: a smaller one delays other requests less,
+    # and a cold adapter more. While nobody waits for any of them, as after a restart, they take a quarter of it. 1: no
+    # limit; without running requests there is none. Left out: 0.25 on the CPU, else 1
+    adapter_load_share: float | None = None
 
     def drafting(self) -> EngineConfig | None:
         """The configuration of the small model that drafts; None: there is none. Its steps are not captured."""
@@ -83,19 +158,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def check(self) -> None:
         """Raise ValueError naming each field that is out of range."""
-        problems = []
+        problems: list[str] = []
         if not self.model:
             problems.append("model must name a directory or a hub id")
-        if self.implementation not in IMPLEMENTATIONS:
-            problems.append(f"implementation {self.implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-        if self.dtype not in DTYPES:
-            problems.append(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
-            problems.append(f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
-        if self.head_quantization is not None and self.head_quantization not in HEAD_QUANTIZATIONS:
-            problems.append(f"head_quantization {self.head_quantization!r} is not {' or '.join(HEAD_QUANTIZATIONS)}")
-        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
-            problems.append(f"kv_cache_dtype {self.kv_cache_dtype!r} is not one of {', '.join(KV_CACHE_DTYPES)}")
+        problems += [*choice_problems(self), *bound_problems(self)]
         if not DEVICE.fullmatch(self.device):
             problems.append(f"device {self.device!r} is not auto, cpu, cuda or cuda:N")
         problems += rank_problems(
@@ -103,35 +169,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         )
         if self.world > 1 and self.host_cache_bytes:
             problems.append(f"host_cache_bytes has the blocks of one rank, and there are {self.world}: leave it out")
-        if self.kernels not in BACKENDS:
-            problems.append(f"kernels {self.kernels!r} is not one of {', '.join(BACKENDS)}")
-        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+        if self.block_size & (self.block_size - 1):
             problems.append(f"block_size {self.block_size} must be a power of two")
-        for name in ("device_memory_fraction", "kv_cache_fraction", "adapter_load_share"):
-            fraction = getattr(self, name)
-            if fraction is not None and not LEAST_FRACTION <= fraction <= 1.0:
-                problems.append(f"{name} {fraction} must be in (0, 1], at least {LEAST_FRACTION}")
-        counts = {
-            "max_num_seqs": self.max_num_seqs,
-            "max_num_batched_tokens": self.max_num_batched_tokens,
-            "max_adapter_rank": self.max_adapter_rank,
-            "max_resident_adapters": self.max_resident_adapters,
-            "adapter_device_bytes": self.adapter_device_bytes,
-            "adapter_host_bytes": self.adapter_host_bytes,
-            "adapter_loader_threads": self.adapter_loader_threads,
-        }
-        optional = {"threads": self.threads, "max_model_len": self.max_model_len, "kv_cache_bytes": self.kv_cache_bytes}
-        for name, value in (counts | {k: v for k, v in optional.items() if v is not None}).items():
-            if value < 1:
-                problems.append(f"{name} {value} must be at least 1")
         problems += self._cache_problems()
         problems += [] if self.drafts is None else self.drafts.problems()
         if problems:
             raise ValueError("engine config: " + "; ".join(problems))
 
     def _cache_problems(self) -> list[str]:
-        tiers = {"host_cache_bytes": self.host_cache_bytes, "disk_cache_bytes": self.disk_cache_bytes}
-        problems = [f"{name} {value} must be at least 0" for name, value in tiers.items() if value < 0]
+        problems = []
         if self.host_cache_bytes and not self.enable_prefix_caching:
             problems.append("host_cache_bytes needs enable_prefix_caching: it keeps what that finds")
         if self.disk_cache_bytes and not self.host_cache_bytes:

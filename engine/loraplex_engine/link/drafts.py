@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 from enum import StrEnum
+from typing import ClassVar
 
 import msgspec
+
+from loraplex_engine.link.bounds import Bounds, bound_problems
 
 MOST_DRAFTS = 32  # of a request in one step
 
@@ -18,10 +21,13 @@ class DraftKind(StrEnum):
 class DraftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The drafts of a model's requests, unless they ask for others."""
 
-    kind: DraftKind
+    BOUNDS: ClassVar[dict[str, Bounds]] = {"tokens": Bounds(1, MOST_DRAFTS)}
+
+    kind: DraftKind  # `ngram`: what followed the same tokens before; `model`: what a smaller model says
     tokens: int = 8  # at most so many of a request in one step
-    model: str | None = None  # of kind model: a local directory, or a hub id, of a model with the same tokenizer
-    revision: str | None = None  # the revision of a hub id: pin it
+    # of kind `model`: a directory, a GGUF file or a hub id of a model with the same tokenizer
+    model: str | None = None
+    revision: str | None = None  # the revision of a hub id: set it, so that it does not change
 
     @property
     def offered(self) -> "Drafts":
@@ -30,8 +36,7 @@ class DraftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def problems(self) -> Iterator[str]:
         """Describe every value that is out of range."""
-        if not 1 <= self.tokens <= MOST_DRAFTS:
-            yield f"drafts.tokens {self.tokens} must be from 1 to {MOST_DRAFTS}"
+        yield from (f"drafts.{problem}" for problem in bound_problems(self))
         if self.kind is DraftKind.MODEL and not self.model:
             yield "drafts.model must name a directory or a hub id where drafts.kind is model"
         if self.kind is not DraftKind.MODEL and (self.model or self.revision):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from loraplex_engine.link.bounds import Bounds
+
 DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?")
 RANK_DEVICE = re.compile(r"cpu|cuda:(0|[1-9]\d{0,2})")
 MAX_RANKS = 64
+RANKS = Bounds(1, MAX_RANKS)
 
 
 def rank_problems(
@@ -15,7 +18,9 @@ def rank_problems(
 ) -> Iterator[str]:
     """Problems with the numbers of ranks and machines, and with the devices of a machine."""
     world = tensor_parallel * pipeline_parallel
-    if tensor_parallel < 1 or pipeline_parallel < 1 or world > MAX_RANKS:
+    if min(tensor_parallel, pipeline_parallel) < 1:
+        return  # which is named as such
+    if world > MAX_RANKS:
         yield (
             f"tensor_parallel {tensor_parallel} times pipeline_parallel {pipeline_parallel} must be 1 to {MAX_RANKS} "
             "ranks"

@@ -11,11 +11,11 @@ from loraplex.v1.generation_pb2 import Choices, Constraint, JsonObject
 class ConstraintConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The form of outputs: one of these."""
 
-    json_schema: dict[str, Any] | None = None
-    json_object: bool = False
-    regex: str | None = None
-    choices: tuple[str, ...] = ()
-    grammar: str | None = None  # in GBNF
+    json_schema: dict[str, Any] | None = None  # a mapping
+    json_object: bool = False  # any JSON object
+    regex: str | None = None  # a regular expression
+    choices: tuple[str, ...] = ()  # one of these texts
+    grammar: str | None = None  # a grammar in GBNF
 
     @property
     def kinds(self) -> list[str]:
@@ -39,13 +39,17 @@ class ConstraintConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class AdapterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One adapter that is registered at start."""
 
-    name: str  # "pirate" of the tenant shared, or "{tenant}/{adapter}"
+    name: str  # `legal` for the tenant `shared`, or `acme/legal`
     model: str  # the name of the model that it adapts
-    source: str  # the adapter's directory, under one of the adapter roots
-    residency: Literal["host", "device"] = "host"  # the tier that it is loaded into ahead of its requests
-    pinned: bool = False  # keep it on the device
-    labels: dict[str, str] = {}
-    default_constraint: ConstraintConfig | None = None  # of requests that set none
+    # a directory under one of `adapter_roots`, relative to a root or to the file, or absolute; or below one of
+    # `adapter_sources`. See docs/adapter-life.md#where-the-files-are
+    source: str
+    # `device`: it is on the device ahead of its first request; else in host memory
+    residency: Literal["host", "device"] = "host"
+    pinned: bool = False  # it stays on the device
+    labels: dict[str, str] = {}  # for your own use
+    # the form of the outputs of requests that set none: one of these. See docs/forms.md
+    default_constraint: ConstraintConfig | None = None
 
     @property
     def tenant(self) -> str:

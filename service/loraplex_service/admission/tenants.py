@@ -11,37 +11,45 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import msgspec
 
 from loraplex_adapters.files.trust import public_key
 from loraplex_adapters.grammar import is_digest
+from loraplex_engine.link.bounds import Bounds
 from loraplex_service.errors import QuotaExceeded
 
 REMEMBERED_TENANTS = 4096  # tenants that the configuration does not name
 
 
-# The counters of tenants with weights so far apart stay distinct for years.
-LIGHTEST, HEAVIEST = 0.001, 1000.0
-
-
 class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The quota of one tenant. None: no limit."""
+    """The quota of one tenant. What is left out has no limit."""
 
-    weight: float = 1.0  # of its share of an engine, when tenants ask for more than there is
-    max_priority: int = 0  # requests that ask for more get this
+    BOUNDS: ClassVar[dict[str, Bounds]] = {
+        "weight": Bounds(0.001, 1000),  # the counters of tenants with weights so far apart stay distinct for years
+        "max_priority": Bounds(-100, 100),
+    }
+
+    weight: float = 1.0  # weight of the tenant's share of an engine, when tenants ask for more than it can do
+    max_priority: int = 0  # requests that ask for a higher priority get this; priority comes before shares
+    # beyond it calls of any method are refused as TENANT_QUOTA; each item of a batch counts as one
     requests_per_second: float | None = None
-    tokens_per_second: float | None = None  # of prompts and outputs together
+    # tokens of prompts and outputs together; beyond it requests are refused as TENANT_QUOTA
+    tokens_per_second: float | None = None
     burst_seconds: float = 10.0  # a burst may take so many seconds' worth of both rates
-    max_adapters: int | None = None  # versions, by name, and uploads in progress
-    max_adapter_bytes: int | None = None  # of the weights of all versions together, on disk
-    max_uploads: int | None = 4  # in progress at once
-    max_routes: int | None = 1000
-    max_state_bytes: int | None = 16 << 20  # bytes of the records of its routes and adapters, labels included
-    adapter_digests: tuple[str, ...] = ()  # if this or the next is set, adapters must be listed here,
-    adapter_keys: tuple[str, ...] = ()  # or signed with one of these Ed25519 public keys: PEM files
-    cache_group: str | None = None  # tenants with the same group share cached prefixes; None: with no other tenant
+    # adapter versions, including those of equal files under other names, and uploads in progress
+    max_adapters: int | None = None
+    # weights of all versions together, on disk, and the announced sizes of uploads in progress
+    max_adapter_bytes: int | None = None
+    max_uploads: int | None = 4  # uploads in progress at once
+    max_routes: int | None = 1000  # routes
+    max_state_bytes: int | None = 16 << 20  # records of its routes and adapters, labels included
+    # if this or `adapter_keys` is set, adapters must be listed here, or signed by one of those keys
+    adapter_digests: tuple[str, ...] = ()
+    adapter_keys: tuple[str, ...] = ()  # Ed25519 public keys: PEM files. See `adapter_digests`
+    # tenants with the same group share cached prefixes; a tenant without one shares with no other
+    cache_group: str | None = None
 
     @property
     def trusts_some_alone(self) -> bool:
@@ -50,10 +58,6 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def problems(self) -> Iterator[str]:
         """Describe every value that is out of range; the general checks of numbers are made elsewhere."""
-        if not LIGHTEST <= self.weight <= HEAVIEST:
-            yield f"weight {self.weight} must be from {LIGHTEST:g} to {HEAVIEST:g}"
-        if not -100 <= self.max_priority <= 100:
-            yield f"max_priority {self.max_priority} must be from -100 to 100"
         for digest in self.adapter_digests:
             if not is_digest(digest.removeprefix("sha256:")):
                 yield f"adapter_digests: {digest[:80]!r} is not a digest: 64 hexadecimal digits are expected"

@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from ipaddress import ip_network
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 
 from loraplex_adapters.grammar import ID_RULE, is_id
+from loraplex_engine.link.bounds import choice_problems
 from loraplex_service.auth.principal import Role
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
@@ -16,13 +18,15 @@ ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES
 class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Tokens of an identity provider, with asymmetric signatures only: the server holds nothing that could sign."""
 
-    issuer: str
-    audience: str
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"algorithms": ALGORITHMS}
+
+    issuer: str  # `iss` of the tokens
+    audience: str  # one of `aud` of the tokens
     jwks: str  # a file with the provider's public keys, or an https address
-    jwks_ca: str | None = None  # a PEM file of authorities for that address; None: the system's
-    algorithms: tuple[str, ...] = ("RS256", "ES256")
-    tenant_claim: str = "tenant"
-    roles_claim: str = "roles"  # a claim with a list; absent: the role is inference
+    jwks_ca: str | None = None  # a PEM file of authorities for that address. Left out: the system's
+    algorithms: tuple[str, ...] = ("RS256", "ES256")  # of the signatures
+    tenant_claim: str = "tenant"  # the claim that names the tenant
+    roles_claim: str = "roles"  # the claim with a list of roles; a token without it has the role `inference`
     leeway_seconds: float = 30.0  # tolerated difference between the clocks
 
     @property
@@ -31,9 +35,7 @@ class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def problems(self) -> Iterator[str]:
         """Describe every value that is out of range; empty: none is."""
-        for algorithm in self.algorithms:
-            if algorithm not in ALGORITHMS:
-                yield f"jwt.algorithms: {algorithm!r} is not one of {', '.join(ALGORITHMS)}"
+        yield from (f"jwt.{problem}" for problem in choice_problems(self))
         if not self.algorithms:
             yield "jwt.algorithms: the list is empty; name at least one"
         if not self.is_remote and not Path(self.jwks).is_file():
@@ -65,18 +67,21 @@ class CertificateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     """A name in client certificates, and the tenant and roles that it stands for."""
 
     name: str  # exactly as it stands in the certificate
-    tenant: str
-    roles: tuple[Role, ...] = (Role.INFERENCE,)
+    tenant: str  # for which its holder calls
+    roles: tuple[Role, ...] = (Role.INFERENCE,)  # what its holder may do
 
 
 class AuthConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The kinds of credentials that the server accepts; a caller needs one. Callers without any are refused."""
 
-    keys: str | None = None  # the file that `loraplex keys` writes
-    jwt: JwtConfig | None = None
-    certificates: tuple[CertificateConfig, ...] = ()
-    certificate_names: tuple[NameKind, ...] = (NameKind.DNS, NameKind.COMMON_NAME)  # the kinds of names that count
-    trusted_peers: tuple[str, ...] = ()  # networks from which calls may name their tenant
+    # the file that `loraplex keys create` writes: hashes of bearer tokens, read again when it changes
+    keys: str | None = None
+    jwt: JwtConfig | None = None  # bearer tokens of an identity provider
+    certificates: tuple[CertificateConfig, ...] = ()  # names in client certificates
+    # which names of a certificate count: alternative names of these kinds, or the subject's
+    certificate_names: tuple[NameKind, ...] = (NameKind.DNS, NameKind.COMMON_NAME)
+    # networks whose calls without credentials act for the tenant that their metadata `loraplex-tenant` names
+    trusted_peers: tuple[str, ...] = ()
 
     def with_paths(self, absolute: Callable[[str], str]) -> "AuthConfig":
         """Return a copy with absolute paths."""

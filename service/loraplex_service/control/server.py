@@ -28,9 +28,9 @@ from loraplex_adapters.residency import Residency
 from loraplex_adapters.versions import VERSION_DIGITS, resource_name
 from loraplex_engine.link.messages import EngineStats
 from loraplex_service.call import current_call
-from loraplex_service.config import LimitsConfig
 from loraplex_service.errors import FeatureUnsupported
 from loraplex_service.models.host import HostedModel, ModelHost
+from loraplex_service.ports.config import LimitsConfig
 from loraplex_service.telemetry.metrics import RequestMetrics
 from loraplex_service.telemetry.records import GenerationRecord
 from loraplex_service.telemetry.series import Labels

@@ -21,13 +21,16 @@ def is_model(path: Path) -> bool:
 class HostedModelConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One base model: its name in the API, the settings of its engine, and the defaults of its requests."""
 
-    name: str  # "llama-8b": requests name it so, or models/llama-8b
-    load: bool = True  # at start; else by LoadModel
-    # Fields of loraplex.v1.Sampling, for requests that leave them out; "none": not even the model's own files give any.
+    name: str  # the name in the API: `models/{name}`, or the bare name
+    load: bool = True  # load at the start; else when LoadModel is called
+    # fields of `loraplex.v1.Sampling`, for requests that leave them out. `none`: not even the model's
+    # own files give any. Left out: those. See docs/configuration.md#default-sampling
     default_sampling: dict[str, Any] | Literal["none"] | None = None
     chat_template: str | None = None  # a Jinja file that replaces the model's own
-    literal_content: bool = False  # text of chats never becomes control tokens, unless a request asks for it
-    labels: dict[str, str] = {}
+    # the text of chats never becomes control tokens, unless a request asks for it. See
+    # docs/configuration.md#literal-content
+    literal_content: bool = False
+    labels: dict[str, str] = {}  # for your own use
 
     @property
     def is_local(self) -> bool:
@@ -75,12 +78,19 @@ def _place_problems(field: str, model: str) -> Iterator[str]:
 class SupervisionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """When an engine counts as stuck, and how often it is started again."""
 
-    heartbeat_seconds: float = 2.0  # between two pings of an engine
-    heartbeat_timeout_seconds: float = 60.0  # must be longer than the longest step: engines answer between steps
-    load_timeout_seconds: float = 1800.0  # without news of an engine that loads, after which it counts as stuck
-    restart_delay_seconds: float = 0.5  # before the first restart; doubles with each failed one
-    restart_delay_max_seconds: float = 30.0
+    heartbeat_seconds: float = 2.0  # time between two pings of an engine
+    # an engine that does not answer for so long is replaced. Keep it above the longest step: engines answer between
+    # steps
+    heartbeat_timeout_seconds: float = 60.0
+    # an engine that loads, and of which nothing new is heard for so long, is replaced like one that dies. News are
+    # bytes of weights read or downloaded. An engine that waits for its turn on a GPU says so, and may wait for as long
+    # as it takes
+    load_timeout_seconds: float = 1800.0
+    restart_delay_seconds: float = 0.5  # delay before the first restart; doubles with each
+    restart_delay_max_seconds: float = 30.0  # the longest delay
     stable_seconds: float = 60.0  # an engine that ran so long starts again with the first delay
     failed_starts: int = 5  # failed loads in a row after which the model is FAILED
-    stop_seconds: float = 10.0  # for an engine to end before it is killed
-    resume_seconds: float = 60.0  # for which a running request waits for the next engine after one died
+    stop_seconds: float = 10.0  # time for an engine to end before it is killed
+    # when an engine dies, running requests wait so long for the next one, and go on there from the tokens that they
+    # have. 0: they end UNAVAILABLE at once. See docs/configuration.md#supervision
+    resume_seconds: float = 60.0

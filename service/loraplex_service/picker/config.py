@@ -2,24 +2,31 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 
+from loraplex_engine.link.bounds import Bounds, choice_problems
 from loraplex_service.config import LOOPBACK_HOSTS
 from loraplex_service.config_checks import Shape, number_problems
 from loraplex_service.config_file import ConfigError, read_yaml
 
 MAX_PORT = 65535
+PORTS = Bounds(1, MAX_PORT)
 
 
 class ReplicasConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The replicas behind one name: one for each address that it has, and each with these ports."""
 
-    host: str  # a name, such as that of a headless service, or an address
-    data_port: int = 50051
-    http_port: int | None = None  # None: it takes no HTTP
-    health_port: int = 50053
-    metrics_port: int = 9464
+    BOUNDS: ClassVar[dict[str, Bounds]] = dict.fromkeys(
+        ("data_port", "http_port", "health_port", "metrics_port"), PORTS
+    )
+
+    host: str  # a name, such as that of a headless service, or an address: each of its addresses is a replica
+    data_port: int = 50051  # of `listen`
+    http_port: int | None = None  # of `http_listen`. Left out: it takes no HTTP
+    health_port: int = 50053  # of `health_listen`
+    metrics_port: int = 9464  # of `metrics_listen`
 
     def problems(self) -> Iterator[str]:
         """Describe every value that is out of range; empty: none is."""
@@ -27,28 +34,28 @@ class ReplicasConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             yield "host is empty: give a name or an address"
         elif not _can_be_asked_for(self.host):
             yield f"host {self.host!r} is no name: its parts have 1 to 63 characters"
-        for name in ("data_port", "http_port", "health_port", "metrics_port"):
-            port = getattr(self, name)
-            if port is not None and not 1 <= port <= MAX_PORT:
-                yield f"{name} {port} must be from 1 to {MAX_PORT}"
 
 
 class PickerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
-    replicas: tuple[ReplicasConfig, ...]
-    listen: str = "127.0.0.1:9002"  # for Envoy
-    metrics_listen: str | None = None  # of the picker's own metrics
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"log_level": ("DEBUG", "INFO", "WARNING", "ERROR")}
+    BOUNDS: ClassVar[dict[str, Bounds]] = {"balance_factor": Bounds(1, 1e9)}
+
+    replicas: tuple[ReplicasConfig, ...]  # at least one
+    listen: str = "127.0.0.1:9002"  # for Envoy: plaintext, and whoever reaches it may ask
+    metrics_listen: str | None = None  # its own metrics, in plaintext
     insecure: bool = False  # allow other addresses than loopback: nothing is encrypted, and anybody may ask
-    log_level: str = "INFO"
-    scrape_seconds: float = 0.25  # between two looks at a replica's metrics
-    stale_seconds: float = 3.0  # after which what a replica said counts no more
-    resolve_seconds: float = 2.0  # between two looks at the addresses of a name
+    log_level: str = "INFO"  # DEBUG says why a replica is not heard of
+    scrape_seconds: float = 0.25  # time between two looks at a replica's metrics
+    stale_seconds: float = 3.0  # time after which what a replica said counts no more: at least twice `scrape_seconds`
+    resolve_seconds: float = 2.0  # time between two looks at the addresses of a `host`
     queue: int = 4  # requests that any replica may have
-    balance_factor: float = 1.5  # of the mean: past both, a replica is passed over
+    balance_factor: float = 1.5  # of the mean: with more than this and `queue`, a replica is passed over
 
     def problems(self) -> Iterator[str]:
         """Describe every value that is out of range; empty: none is."""
+        yield from choice_problems(self)
         yield from number_problems(self)
         if not self.replicas:
             yield "replicas is empty: name at least one host"
@@ -60,13 +67,6 @@ class PickerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             yield from _address_problems(key, getattr(self, key), self.insecure)
         if self.stale_seconds < 2 * self.scrape_seconds:
             yield f"stale_seconds {self.stale_seconds} must be at least twice scrape_seconds {self.scrape_seconds}"
-        if self.balance_factor < 1:
-            yield f"balance_factor {self.balance_factor} must be at least 1"
-        if self.log_level not in LOG_LEVELS:
-            yield f"log_level {self.log_level!r} must be one of {', '.join(LOG_LEVELS)}"
-
-
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 def load_picker_config(file: Path) -> PickerConfig:

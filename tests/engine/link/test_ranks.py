@@ -12,7 +12,7 @@ from loraplex_engine.link.config import EngineConfig
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tensor_parallel": 0}, "tensor_parallel 0 times pipeline_parallel 1 must be 1 to 64 ranks"),
+        ({"tensor_parallel": 0}, "tensor_parallel 0 must be from 1 to 64"),
         ({"tensor_parallel": 1 << 20}, "must be 1 to 64 ranks"),
         ({"devices": ("cuda:0", "cuda:1")}, "devices names 2: 1 are needed"),
         ({"devices": ("cuda",)}, "'cuda': each is cpu or cuda:N"),

@@ -76,5 +76,5 @@ def test_the_model_says_so(tmp_path: Path) -> None:
 
 
 def test_a_method_that_heads_do_not_have() -> None:
-    with pytest.raises(ValueError, match="head_quantization 'nf4' is not int8"):
+    with pytest.raises(ValueError, match="head_quantization 'nf4' is not one of int8"):
         EngineConfig(model="x", head_quantization="nf4").check()

@@ -7,10 +7,9 @@ from typing import Any
 import grpc
 import pytest
 
-from loraplex_service.config import LimitsConfig
 from loraplex_service.dialect_stubs import vllm_engine_pb2
 from loraplex_service.dialect_stubs.vllm_engine_pb2_grpc import VllmEngineStub
-from loraplex_service.ports.config import DIALECTS
+from loraplex_service.ports.config import DIALECTS, LimitsConfig
 from tests.service.control_plane import ControlPlane, control_plane
 from tests.service.data_plane import failure
 

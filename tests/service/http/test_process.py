@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 
-from loraplex_service.config import LimitsConfig
 from loraplex_service.http.process import _listening, _start, http_process
 from loraplex_service.http.settings import DoorSettings
 from loraplex_service.models.config import SupervisionConfig
-from loraplex_service.ports.config import TlsConfig
+from loraplex_service.ports.config import LimitsConfig, TlsConfig
 from loraplex_service.telemetry.series import Counter
 from tests.service.authority import Authority
 from tests.service.control_plane import ControlPlane, control_plane
