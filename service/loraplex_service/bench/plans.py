@@ -3,7 +3,7 @@
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,20 +58,20 @@ def parse_length(text: str) -> Length:
     raise ValueError(f"{text!r} is no length: give {LENGTH_RULE}")
 
 
-def make_requests(plan: Plan, pool: Sequence[int], rate: float | None) -> list[Request]:
-    """The requests of a run: the same ones whatever the rate. Their prompts are tokens of the pool, at random, so that
-    only what they share on purpose is found in a cache.
+def make_requests(plan: Plan, pools: Mapping[str, Sequence[int]], rate: float | None) -> list[Request]:
+    """The requests of a run: the same ones whatever the rate. Their prompts are tokens of the pool of who is asked, at
+    random, so that only what they share on purpose is found in a cache.
     """
     rng = random.Random(plan.seed)
-    prefix = rng.choices(pool, k=plan.shared_prefix)
     weights = [(1 + place) ** -plan.skew for place in range(len(plan.models))]
     made = []
     for _ in range(plan.requests):
         [model] = rng.choices(plan.models, weights)
+        prefix = random.Random(f"{plan.seed}/prefix").choices(pools[model], k=plan.shared_prefix)
         room = plan.longest - len(prefix) - 1
         prompt = min(plan.prompt(rng), max(1, room // 2)) if plan.longest else plan.prompt(rng)
         output = min(plan.output(rng), max(1, room - prompt + 1)) if plan.longest else plan.output(rng)
-        made.append(Request(model, prefix + rng.choices(pool, k=prompt), output, rng.getrandbits(31)))
+        made.append(Request(model, prefix + rng.choices(pools[model], k=prompt), output, rng.getrandbits(31)))
     if rate is None:
         return made
     when = moments(random.Random(f"{plan.seed}/moments"), rate, plan.variation, plan.requests)

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import math
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,15 +107,17 @@ async def _runs(
 ) -> list[dict[str, Any]]:
     """The figures of every level, one after the other. Raises LoraplexError."""
     async with target.async_client() as client:
-        pool = await _pool(client, plan.models[0])
-        plan = await _fitted(client, plan)
+        bases = {model: (await client.resolve_target(model)).target.model for model in plan.models}
+        of_bases = {base: await _pool(client, base) for base in set(bases.values())}
+        pools = {model: of_bases[base] for model, base in bases.items()}
+        plan = await _fitted(client, plan, bases.values())
         door = _door(target, client, http, sampling)
         for model in plan.models:  # adapters are on the device then, and nothing is done for the first time
-            await _warmed(door, model, pool)
+            await _warmed(door, model, pools[model])
         results = []
         for number, level in enumerate(levels):
             each = replace(plan, seed=f"{plan.seed}/{number}")  # no run finds another's prompts in a cache
-            work = make_requests(each, pool, level if is_open else None)
+            work = make_requests(each, pools, level if is_open else None)
             figures = await run(door, work, None if is_open else int(level), *limits)
             unit = "requests/s" if is_open else "streams"
             results.append({"load": f"{level:g} {unit}", "level": level, "unit": unit, **figures})
@@ -124,14 +126,13 @@ async def _runs(
 
 
 async def _pool(client: AsyncClient, model: str) -> list[int]:
-    """Tokens to make prompts of. Raises LoraplexError."""
+    """Tokens of a model to make prompts of. Raises LoraplexError."""
     return list((await client.tokenize(model, WORDS, add_special_tokens=False)).token_ids)
 
 
-async def _fitted(client: AsyncClient, plan: Plan) -> Plan:
-    """The plan within the shortest context of those who are asked. Raises LoraplexError."""
-    bases = {(await client.resolve_target(model)).target.model for model in plan.models}
-    contexts = [(await client.get_model(base)).limits.max_context_tokens for base in bases]
+async def _fitted(client: AsyncClient, plan: Plan, bases: Iterable[str]) -> Plan:
+    """The plan within the shortest context of those models. Raises LoraplexError."""
+    contexts = [(await client.get_model(base)).limits.max_context_tokens for base in set(bases)]
     return replace(plan, longest=min(contexts))
 
 

@@ -12,7 +12,8 @@ from loraplex_service.bench.loops import moments
 from loraplex_service.bench.plans import Plan, make_requests, parse_length
 
 POOL = range(100, 140)
-PLAN = Plan(("base", "first", "second"), 1.0, parse_length("8"), parse_length("4"), 0, 0, 600, "0")
+POOLS = dict.fromkeys(("base", "first", "second"), POOL)
+PLAN = Plan(tuple(POOLS), 1.0, parse_length("8"), parse_length("4"), 0, 0, 600, "0")
 
 
 @pytest.mark.parametrize(("text", "least", "most"), [("7", 7, 7), ("3-9", 3, 9), ("~20", 4, 10_000)])
@@ -36,36 +37,42 @@ def test_what_is_no_length_is_refused_with_those_that_are(text: str) -> None:
 
 
 def test_models_are_asked_by_their_place() -> None:
-    asked = Counter(request.model for request in make_requests(PLAN, POOL, None))
+    asked = Counter(request.model for request in make_requests(PLAN, POOLS, None))
     assert asked["base"] > asked["first"] > asked["second"]
     assert asked["base"] / asked["second"] == pytest.approx(3, rel=0.4)
 
 
 def test_without_a_skew_all_are_asked_alike() -> None:
-    asked = Counter(request.model for request in make_requests(replace(PLAN, skew=0.0), POOL, None))
+    asked = Counter(request.model for request in make_requests(replace(PLAN, skew=0.0), POOLS, None))
     assert max(asked.values()) < 1.3 * min(asked.values())
 
 
 def test_requests_are_the_same_at_every_rate() -> None:
-    slow, fast = (make_requests(PLAN, POOL, rate) for rate in (1.0, 2.0))
+    slow, fast = (make_requests(PLAN, POOLS, rate) for rate in (1.0, 2.0))
     assert [request.prompt for request in slow] == [request.prompt for request in fast]
     assert [request.moment for request in slow] == pytest.approx([2 * request.moment for request in fast])
 
 
 def test_another_seed_makes_other_prompts() -> None:
-    one, other = (make_requests(replace(PLAN, seed=seed), POOL, None) for seed in ("0/0", "0/1"))
+    one, other = (make_requests(replace(PLAN, seed=seed), POOLS, None) for seed in ("0/0", "0/1"))
     assert one[0].prompt != other[0].prompt
 
 
 def test_prompts_share_the_prefix_that_they_are_to_share() -> None:
-    requests = make_requests(replace(PLAN, shared_prefix=16), POOL, None)
+    requests = make_requests(replace(PLAN, shared_prefix=16), POOLS, None)
     assert len({tuple(request.prompt[:16]) for request in requests}) == 1
     assert len({tuple(request.prompt[16:]) for request in requests}) > 500
 
 
+def test_who_is_asked_is_sent_tokens_of_its_own_model() -> None:
+    requests = make_requests(replace(PLAN, shared_prefix=4), {**POOLS, "second": range(1000, 1040)}, None)
+    for request in requests:
+        assert {token >= 1000 for token in request.prompt} == {request.model == "second"}
+
+
 def test_no_request_is_longer_than_the_context() -> None:
     plan = replace(PLAN, prompt=parse_length("~200"), output=parse_length("~200"), shared_prefix=10, longest=64)
-    assert max(len(request.prompt) + request.output for request in make_requests(plan, POOL, None)) <= 64
+    assert max(len(request.prompt) + request.output for request in make_requests(plan, POOLS, None)) <= 64
 
 
 @pytest.mark.parametrize("variation", [0.0, 0.5, 1.0, 2.0])
