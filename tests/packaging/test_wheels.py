@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from loraplex import Client
+from tests.e2e.conftest import FREE_PORTS, MODELS, listening
+
 ROOT = Path(__file__).resolve().parents[2]
 MAX_CLIENT_BYTES = 60 << 20  # installed, with all that it needs
 CALL = """
@@ -68,8 +71,8 @@ class Environment:
         return run([self.python, "-P", *arguments])
 
 
-def run(command: Sequence[str | Path]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+def run(command: Sequence[str | Path], stdin: str | None = None) -> str:
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -162,6 +165,37 @@ def test_the_client_comes_alone_and_small(wheels: dict[str, Path], tmp_path: Pat
 @pytest.mark.slow
 def test_the_server_serves_from_its_wheel(server: Environment) -> None:
     assert server.run("-c", SERVE, CALL)
+
+
+@pytest.mark.slow
+def test_the_first_commands_work_from_the_wheel_in_an_empty_directory(
+    server: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    loraplex = server.directory / "bin/loraplex"
+    assert "streams at once" in run([loraplex, "demo"])
+    with listening(tmp_path, [loraplex, "serve"], FREE_PORTS) as serving:
+        monkeypatch.setenv("LORAPLEX_SERVER", serving.data)
+        monkeypatch.setenv("LORAPLEX_ADMIN_SERVER", serving.admin)
+        with Client(serving.data) as client:
+            for model in MODELS:
+                client.wait_until_serving(f"models/{model}", timeout=120)
+        assert "storyteller: about" in run([loraplex, "doctor"])
+        assert run([loraplex, "generate", "poet", "Tell me a story.", "--chat", "--max-tokens", "5"]).strip()
+        assert run([loraplex, "chat", "pirate"], stdin="Hello!\n").strip()
+        assert "4 requests, 0 failed" in run([loraplex, "bench", "pirate", "quizzer", "--requests", "4"])
+        assert "pirate@" in run([loraplex, "top", "--count", "1"])
+    assert list(empty.iterdir()) == []
+
+
+def test_the_real_demo_is_in_the_wheel_without_its_model(wheels: dict[str, Path]) -> None:
+    with zipfile.ZipFile(wheels["loraplex_server"]) as wheel:
+        entries = {entry.removeprefix("loraplex_demo/real/") for entry in wheel.namelist()}
+    served = ROOT / "demo/loraplex_demo/real/served"
+    assert {str(path.relative_to(served.parent)) for path in served.rglob("*.*")} <= entries
+    assert not [entry for entry in entries if entry.endswith(".gguf")]
 
 
 @pytest.mark.slow
