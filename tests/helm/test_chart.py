@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import helm_python
 import kubernetes_validate
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from loraplex_service.cli import main
 from loraplex_service.config import ServiceConfig, load_config
 from tests.docs.test_commands import check_loraplex
 from tests.helm.conftest import CHART, Chart, Manifests
@@ -21,10 +24,11 @@ CUSTOM = {  # their schemas come apart
     "ServiceMonitor": "monitoring.coreos.com/v1",
     "PrometheusRule": "monitoring.coreos.com/v1",
     "ScaledObject": "keda.sh/v1alpha1",
+    "LeaderWorkerSet": "leaderworkerset.x-k8s.io/v1",
 }
 DIGEST = "sha256:" + 64 * "a"
 
-MODELS = {
+MODELS: dict[str, Any] = {
     "models": [{"name": "llama-8b", "model": "org/llama-8b", "kv_cache_fraction": 0.9}],
     "tls": {"enabled": True, "secretName": "certificate"},
     "auth": {"keysSecret": "keys"},
@@ -33,6 +37,10 @@ CLAIMS = {name: {"enabled": True} for name in ("models", "adapters")}
 ADAPTERS = {
     "persistence": CLAIMS,
     "adapters": [{"name": "acme/legal", "model": "llama-8b", "source": "/var/lib/loraplex/adapters/legal"}],
+}
+MACHINES: dict[str, Any] = {
+    "models": [MODELS["models"][0] | {"tensor_parallel": 4, "machines": 2}],
+    "machines": {"secretName": "group"},
 }
 KEDA = {"kind": "keda", "prometheusUrl": "http://prometheus:9090"}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -62,6 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "http": {"http": {"enabled": True}},
     "a fleet": {"replicas": 3, "state": {"secretName": "database"}},
     "dialects": {"dialects": ["kserve_v2"]},
+    "machines": MACHINES | {"replicas": 2, "persistence": CLAIMS, "gpu": {"enabled": True}},
     "placement": {
         "nodeSelector": {"gpu": "h100"},
         "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
@@ -113,26 +122,41 @@ def config_of(release: Manifests, directory: Path) -> ServiceConfig:
     text = release.get("ConfigMap", "prod-loraplex")["data"]["loraplex.yaml"]
     file = directory / "loraplex.yaml"
     file.write_text(text.replace("/var/lib/loraplex", str(directory)).replace("/etc/loraplex", str(directory)))
+    (directory / "machines").mkdir()
+    (directory / "machines" / "secret").write_text(64 * "0")
     (directory / "adapters" / "legal").mkdir(parents=True)
     (directory / "keys").mkdir()
     (directory / "keys" / "keys.yaml").touch()
     (directory / "jwt").mkdir()
     (directory / "jwt" / "ca.crt").touch()
-    return load_config(file, environment_of(release))
+    variables = environment_of(release)
+    if "LORAPLEX_MACHINES_SECRET" in variables:
+        variables["LORAPLEX_MACHINES_SECRET"] = str(directory / "machines" / "secret")
+    return load_config(file, variables)
 
 
 def environment_of(release: Manifests) -> dict[str, str]:
     """What the pod's environment says in place of the configuration, with the address of a database for a secret."""
-    servers = [d for d in release.documents if d["kind"] == "Deployment" and d["metadata"]["name"] == "prod-loraplex"]
-    variables = [each for d in servers for each in d["spec"]["template"]["spec"]["containers"][0]["env"]]
+    variables = pod_of(release)["containers"][0]["env"]
     given = {each["name"]: each.get("value", "postgresql://loraplex@db/loraplex") for each in variables}
     if "LORAPLEX_STATE" in given:
         pytest.importorskip("psycopg")  # without it the service refuses a fleet
     return {name: value.replace("$(POD_IP)", "10.0.0.7") for name, value in given.items() if "LORAPLEX_" in name}
 
 
-def pod_of(release: Manifests, name: str = "prod-loraplex") -> dict[str, Any]:
-    spec: dict[str, Any] = release.get("Deployment", name)["spec"]["template"]["spec"]
+def templates_of(release: Manifests) -> list[dict[str, Any]]:
+    """Those of all pods, the servers' first."""
+    groups = [d["spec"]["leaderWorkerTemplate"] for d in release.documents if d["kind"] == "LeaderWorkerSet"]
+    deployments = sorted(
+        (d for d in release.documents if d["kind"] == "Deployment"), key=lambda d: str(d["metadata"]["name"])
+    )
+    of_groups = [group[part] for group in groups for part in ("leaderTemplate", "workerTemplate")]
+    return of_groups + [d["spec"]["template"] for d in deployments]
+
+
+def pod_of(release: Manifests) -> dict[str, Any]:
+    """A server's."""
+    spec: dict[str, Any] = templates_of(release)[0]["spec"]
     return spec
 
 
@@ -142,6 +166,9 @@ def test_every_variant_is_valid_for_kubernetes(release: Manifests) -> None:
             assert document["apiVersion"] == CUSTOM[document["kind"]]
         else:
             kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    for template in templates_of(release):
+        pod = {"apiVersion": "v1", "kind": "Pod"} | template
+        kubernetes_validate.validate(pod | {"metadata": pod["metadata"] | {"name": "a"}}, KUBERNETES, strict=True)
 
 
 def test_the_service_accepts_the_configuration_of_every_variant(release: Manifests, tmp_path: Path) -> None:
@@ -178,6 +205,60 @@ def test_replicas_know_each_other_by_the_name_of_their_service(chart: Chart, tmp
     assert (config.fleet_server_name, config.fleet_ca) == ("prod-loraplex", "/etc/loraplex/tls/ca.crt")
 
 
+def test_the_machines_of_a_model_are_a_group_of_pods(chart: Chart, tmp_path: Path) -> None:
+    release = chart.render(MODELS | VARIANTS["machines"])
+    config = config_of(release, tmp_path)
+    spec = release.get("LeaderWorkerSet", "prod-loraplex-machines")["spec"]
+    assert (spec["replicas"], spec["leaderWorkerTemplate"]["size"]) == (2, config.models[0].machines)
+    assert config.machines_listen == "10.0.0.7:50055"
+    server, follower = (template["spec"] for template in templates_of(release))
+    assert follower["containers"][0]["resources"] == server["containers"][0]["resources"]
+    mounts = [each["containers"][0]["volumeMounts"] for each in (server, follower)]
+    for path in ("/etc/loraplex/machines", "/var/lib/loraplex/models"):
+        assert len({str(each) for one in mounts for each in one if each["mountPath"] == path}) == 1
+    assert {each["name"] for each in follower["volumes"]} == {"scratch", "shared-memory", "machines", "models"}
+
+
+def test_a_follower_is_given_what_its_command_needs_beside_the_groups_own(
+    chart: Chart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = chart.render(MODELS | MACHINES)
+    container = templates_of(release)[1]["spec"]["containers"][0]
+    secret = tmp_path / "secret"
+    secret.write_text(64 * "0")
+    given = {"LORAPLEX_MACHINES_SECRET": str(secret), "POD_IP": "10.0.0.8"}
+    assert given.keys() <= {each["name"] for each in container["env"]}
+    group = {"LWS_LEADER_ADDRESS": "group-0.group.serving", "LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1"}
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execve", lambda program, command, environment: started.append(list(command)))
+    assert CliRunner(env=given | group).invoke(main, container["args"]).exit_code == 0
+    [command] = started
+    assert {"--leader=group-0.group.serving:50055", "--machines=2", "--index=1", "--host=10.0.0.8"} <= {*command}
+
+
+def test_the_machines_of_a_model_reach_each_other_at_any_port_and_nobody_else_reaches_them(chart: Chart) -> None:
+    release = chart.render(MODELS | MACHINES)
+    server, follower = (
+        {"podSelector": {"matchLabels": {k: v for k, v in template["metadata"]["labels"].items() if "app." in k}}}
+        for template in templates_of(release)
+    )
+    to_servers = release.get("NetworkPolicy", "prod-loraplex")["spec"]["ingress"]
+    assert [rule["from"] for rule in to_servers if "ports" not in rule] == [[follower]]
+    to_followers = release.get("NetworkPolicy", "prod-loraplex-followers")["spec"]
+    assert {"podSelector": to_followers["podSelector"]} == follower
+    assert to_followers["ingress"] == [{"from": [server, follower]}]
+    service = release.get("Service", "prod-loraplex")["spec"]["selector"]
+    assert {"podSelector": {"matchLabels": service}} == server
+
+
+def test_a_follower_outlives_the_streams_of_its_server(chart: Chart, tmp_path: Path) -> None:
+    release = chart.render(MODELS | MACHINES)
+    config, follower = config_of(release, tmp_path), templates_of(release)[1]["spec"]
+    waits = follower["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert follower["terminationGracePeriodSeconds"] > waits
+    assert waits >= config.lame_duck_seconds + config.drain_grace_seconds
+
+
 def test_the_files_of_an_identity_provider_are_mounted_where_the_configuration_names_them(chart: Chart) -> None:
     release = chart.render(MODELS | VARIANTS["an identity provider of one's own"])
     pod = pod_of(release)
@@ -205,6 +286,7 @@ def test_every_port_that_something_refers_to_is_one_that_the_service_listens_on(
             ("metrics", config.metrics_listen or ":0"),
             ("http", config.http_listen),
             ("fleet", config.fleet_listen),
+            ("machines", config.machines_listen),
         )
         if address is not None
     }
@@ -258,7 +340,7 @@ def test_a_gpu_is_asked_for_beside_the_other_resources(chart: Chart) -> None:
 
 
 def test_pods_run_without_privileges_on_a_read_only_root(release: Manifests) -> None:
-    pods = [d["spec"]["template"]["spec"] for d in release.documents if d["kind"] == "Deployment"]
+    pods = [template["spec"] for template in templates_of(release)]
     for pod in [*pods, *(d["spec"] for d in release.documents if d["kind"] == "Pod")]:
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["automountServiceAccountToken"] is False
@@ -312,11 +394,12 @@ def test_helm_test_asks_the_probes_port_whether_requests_are_admitted(release: M
     assert host == f"{service['metadata']['name']}.serving.svc"
 
 
-def test_the_first_command_of_the_notes_waits_for_what_the_release_has(chart: Chart) -> None:
-    command = next(line.split() for line in chart.notes(MODELS).splitlines() if line.startswith("  "))
-    kind, name = command[command.index("status") + 1].split("/")
-    assert command[:5] == ["kubectl", "--namespace", "serving", "rollout", "status"]
-    assert chart.render(MODELS).get(kind.capitalize(), name)
+@pytest.mark.parametrize("values", [MODELS, MODELS | MACHINES], ids=["one", "several"])
+def test_the_first_command_of_the_notes_waits_for_what_the_release_has(chart: Chart, values: dict[str, Any]) -> None:
+    command = next(line.split() for line in chart.notes(values).splitlines() if line.startswith("  "))
+    kind, name = next(word for word in command if "/" in word).split("/")
+    assert command[:3] == ["kubectl", "--namespace", "serving"]
+    assert [d for d in chart.render(values).documents if (d["kind"].lower(), d["metadata"]["name"]) == (kind, name)]
 
 
 @pytest.mark.parametrize("kind", ["hpa", "keda"])
@@ -369,6 +452,11 @@ def test_the_administration_is_closed_to_other_pods(chart: Chart) -> None:
         ({"config": {"object_store": {"aws_secret_access_key": "s"}}}, "config.object_store.aws_secret_access_key"),
         ({"config": {"otlp": {"endpoint": "http://c:4317", "headers": {"authorization": "s"}}}}, "config.otlp.headers"),
         ({"ports": {"admin": 50051}}, "ports: admin and data are both 50051"),
+        ({"models": MACHINES["models"]}, "machines.secretName"),
+        (MACHINES | {"models": 2 * MACHINES["models"]}, "models: llama-8b, llama-8b have machines above 1, as one may"),
+        (MACHINES | {"autoscaling": KEDA}, "autoscaling: it is for servers of one pod each"),
+        (MACHINES | {"config": {"machines_listen": "10.0.0.5:1"}}, "config.machines_listen: the chart sets this key"),
+        ({"ports": {"machines": 50054}}, "ports: fleet and machines are both 50054"),
         ({"http": {"enabled": True, "port": 9464}}, "ports: http and metrics are both 9464"),
         ({"adapters": ADAPTERS["adapters"]}, "persistence.adapters.enabled"),
         (

@@ -121,6 +121,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- range $key := list "state" "fleet_listen" "fleet_address" -}}
 {{- if hasKey $.Values.config $key -}}{{- fail (printf "config.%s: use state.secretName; the configuration is a ConfigMap, in which an address with a password is no secret" $key) -}}{{- end -}}
 {{- end -}}
+{{- $over := list -}}
+{{- range .Values.models -}}{{- if gt (int (default 1 .machines)) 1 -}}{{- $over = append $over .name -}}{{- end -}}{{- end -}}
+{{- if gt (len $over) 1 -}}{{- fail (printf "models: %s have machines above 1, as one may; install a release for each" (join ", " $over)) -}}{{- end -}}
+{{- if and $over (not .Values.machines.secretName) -}}{{- fail "machines.secretName: name the secret that the machines of the model know each other by" -}}{{- end -}}
+{{- if and $over (ne .Values.autoscaling.kind "none") -}}{{- fail "autoscaling: it is for servers of one pod each, and a model has machines above 1; set replicas" -}}{{- end -}}
+{{- range $key := list "machines_listen" "machines_secret" -}}
+{{- if hasKey $.Values.config $key -}}{{- fail (printf "config.%s: the chart sets this key for each pod; set machines.secretName" $key) -}}{{- end -}}
+{{- end -}}
 {{- range $key, $_ := (default dict .Values.config.object_store) -}}
 {{- if regexMatch "(?i)secret|token|password" $key -}}{{- fail (printf "config.object_store.%s: the configuration is a ConfigMap, which holds no secrets; set AWS_SECRET_ACCESS_KEY and its like in extraEnv, from a secret" $key) -}}{{- end -}}
 {{- end -}}
