@@ -1,13 +1,13 @@
 """Scores of candidates: how likely each is to follow a prompt, by requests that generate nothing."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import msgspec
 
 from loraplex.v1.generation_pb2 import AnyText, Constraint, GenerateSpec, OutputOptions, Stopping
-from loraplex.v1.inference_pb2 import Candidate, CandidateScore, ScoreRequest
+from loraplex.v1.inference_pb2 import Candidate, CandidateScore, ScoreRequest, TokenLogprob
 from loraplex_engine.link.client import EngineClient
 from loraplex_engine.link.messages import AddRequest, TokenLogprobs
 from loraplex_service.admission.tenants import Tenant
@@ -19,7 +19,7 @@ from loraplex_service.requests.sampling import wants_logprobs
 from loraplex_service.text import Tokenizer
 from loraplex_service.text.errors import TextError, TooManyTokensError
 
-TOKENS_AT_ONCE = 256  # of an answer, before other tasks get a turn
+LOGPROBS_AT_ONCE = 256  # of an answer, before other tasks get a turn: a millisecond
 TOP_BYTES = 9  # of one of the likeliest tokens at a place, at least, but for one of them
 NAMED_BYTES = 4  # of the log-probability of a named token
 
@@ -116,10 +116,17 @@ class CandidateScores:
         """Take what an engine says of a candidate, in turns with other tasks. Raises MessageTooLarge."""
         score = self.found[index]
         score.logprob, score.num_tokens = sum(entry.logprob for entry in entries), len(entries)
-        for start in range(0, len(entries) if self._wants_tokens else 0, TOKENS_AT_ONCE):
-            some = [token_logprob(entry, tokenizer) for entry in entries[start : start + TOKENS_AT_ONCE]]
+        for some in self._parts(entries, tokenizer):
             score.token_logprobs.extend(some)
             self._size += sum(each.ByteSize() for each in some)
             if self._size > self._most_bytes:
                 raise MessageTooLarge.answer(self._size, self._most_bytes)
             await asyncio.sleep(0)
+
+    def _parts(self, entries: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> Iterator[list[TokenLogprob]]:
+        """What is told of the tokens, as much at a time as is made before other tasks get a turn."""
+        if self._wants_tokens and entries:
+            widest = max(1 + len(entry.top_ids) + len(entry.named_logprobs) for entry in entries)
+            step = max(1, LOGPROBS_AT_ONCE // widest)
+            for start in range(0, len(entries), step):
+                yield [token_logprob(entry, tokenizer) for entry in entries[start : start + step]]

@@ -1,14 +1,20 @@
 """Score: how likely candidates are behind a prompt, by an engine whose probabilities can be worked out by hand."""
 
+import asyncio
 from typing import Any
 
 import grpc
 import pytest
 
-from loraplex.v1.inference_pb2 import Candidate, ScoreRequest, ScoreResponse
+from loraplex.v1.generation_pb2 import OutputOptions
+from loraplex.v1.inference_pb2 import Candidate, ScoreRequest, ScoreResponse, TokenLogprob
 from loraplex.v1.prompt_pb2 import Prompt, TokenIds
+from loraplex_engine.link.messages import TokenLogprobs
 from loraplex_service.admission.tenants import TenantConfig, Tenants
 from loraplex_service.ports.interceptors import CallLimits
+from loraplex_service.requests import scores
+from loraplex_service.requests.outputs import token_logprob
+from loraplex_service.requests.scores import LOGPROBS_AT_ONCE, CandidateScores
 from loraplex_service.text import Tokenizer
 from tests.service.data_plane import DataPlane, data_plane, failure
 
@@ -107,3 +113,27 @@ async def test_an_answer_that_turns_out_too_large_ends_the_candidates_that_are_s
         assert failed.reason == "MESSAGE_TOO_LARGE"
         await plane.engine.until_idle()
         assert plane.admission.idle
+
+
+async def test_others_are_served_after_so_many_logprobs_of_an_answer(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = most = 0
+
+    def counted(entry: TokenLogprobs, tokenizer: Tokenizer) -> TokenLogprob:
+        nonlocal made
+        made += 1 + len(entry.top_ids)
+        return token_logprob(entry, tokenizer)
+
+    async def others() -> None:
+        nonlocal made, most
+        while True:
+            most, made = max(most, made), 0
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(scores, "token_logprob", counted)
+    serving = asyncio.create_task(others())
+    entry = TokenLogprobs(token_id=97, logprob=-1.0, rank=1, top_ids=[97] * 20, top_logprobs=[-1.0] * 20)
+    await CandidateScores(1, OutputOptions(top_logprobs=20), 1 << 20).add(0, [entry] * 500, byte_tokenizer)
+    serving.cancel()
+    assert LOGPROBS_AT_ONCE / 2 < most <= LOGPROBS_AT_ONCE
