@@ -28,7 +28,7 @@ from loraplex_engine.drafting.source import Ngrams, Source
 from loraplex_engine.execution.bad_words import TokenTexts
 from loraplex_engine.execution.device import chosen
 from loraplex_engine.execution.disk_cache import disk_cache
-from loraplex_engine.execution.loading import load_runner, load_runners
+from loraplex_engine.execution.loading import check_divisible, load_runner, load_runners
 from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.execution.size_report import size_report
 from loraplex_engine.following.leader import Leader
@@ -136,9 +136,12 @@ class EngineCore:
         Raises ValueError or OSError whose text says what the operator can do.
         """
         config.check()
-        path, small = resolve_model(config.model, config.revision), config.drafting()
+        path, small = resolve_model(config.model, config.revision, report), config.drafting()
+        if small is not None:
+            small = msgspec.structs.replace(small, model=str(resolve_model(small.model, small.revision, report)))
         leader: Leader | None = None
         if config.world > 1:
+            check_divisible(config, path)
             config = config if config.devices else msgspec.structs.replace(config, device=chosen(config.device))
             leader = Leader(config, path, report, meeting)
         try:
@@ -161,8 +164,7 @@ class EngineCore:
         if small is None:
             runner = load_runner(config, path, report, leader)
         else:
-            small_path = resolve_model(small.model, small.revision)
-            runner, beside = load_runners(config, path, small, small_path, report, leader)
+            runner, beside = load_runners(config, path, small, Path(small.model), report, leader)
         model, mirror = runner.model, leader or NO_MIRROR
         store = AdapterStore(
             targets=model.lora_targets(),

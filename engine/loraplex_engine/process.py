@@ -154,19 +154,20 @@ def _request_failed(core: Core, request_id: int, error: str) -> StepOutput:
 
 
 class SentReport:
-    """The `LoadReport` to the service: about a hundred times that there is progress, and what is waited for."""
+    """The `LoadReport` to the service: of each model, about a hundred times that there is progress; and what is waited
+    for."""
 
     def __init__(self, send: Callable[[FromEngine], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._send = send
         self._clock = clock
-        self._percent_sent = -1
+        self._sent = (0, -1)  # bytes in all, of one model or of the small one after it, and percent of them
         self._awaited = ""
         self._last_wait = 0.0
 
     def __call__(self, bytes_loaded: int, bytes_total: int) -> None:
-        percent = 100 * bytes_loaded // max(bytes_total, 1)
-        if percent > self._percent_sent:
-            self._percent_sent = percent
+        progress = bytes_total, 100 * bytes_loaded // max(bytes_total, 1)
+        if progress != self._sent:
+            self._sent = progress
             self._send(LoadProgress(bytes_loaded, bytes_total))
 
     def waits(self, what: str) -> None:

@@ -12,7 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from loraplex_engine import core
+from loraplex_engine.checkpoint.model_config import ModelError
 from loraplex_engine.checkpoint.shard import Shard
+from loraplex_engine.execution.loading import check_divisible
 from loraplex_engine.execution.sizing import needs_of
 from loraplex_engine.link import host_memory
 from loraplex_engine.link.config import EngineConfig
@@ -118,6 +121,32 @@ def test_a_rank_needs_its_part_of_the_matrices_and_the_whole_embedding(model: Pa
 def test_more_stages_than_layers_are_refused_before_any_rank_is_started(model: Path) -> None:
     with pytest.raises(ValueError, match="1 layers cannot be divided into 2 stages: lower pipeline_parallel"):
         sized(EngineConfig(model=str(model), device="cpu", pipeline_parallel=2), LoadOn(["cpu", "cpu"], 0.5))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "problem"),
+    [
+        ({"pipeline_parallel": 2}, "1 layers cannot be divided into 2 stages"),
+        ({"tensor_parallel": 5}, "cannot be divided equally among 5 ranks"),
+        ({"tensor_parallel": 2, "implementation": "transformers"}, "transformers' class cannot be divided among 2"),
+    ],
+)
+def test_an_engine_that_is_loaded_at_once_starts_no_rank_of_a_model_that_cannot_be_divided(
+    model: Path, monkeypatch: pytest.MonkeyPatch, ranks: dict[str, Any], problem: str
+) -> None:
+    def start(*arguments: object) -> None:
+        raise AssertionError("ranks are started")
+
+    monkeypatch.setattr(core, "Leader", start)
+    with pytest.raises(ModelError, match=problem):
+        core.EngineCore.load(EngineConfig(model=str(model), device="cpu", **ranks))
+
+
+def test_of_an_unknown_architecture_no_rank_is_started(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["Nobody"]}))
+    with pytest.raises(ModelError, match=r"Nobody.*transformers' class cannot be divided among 2 ranks"):
+        check_divisible(EngineConfig(model=str(tmp_path), tensor_parallel=2), tmp_path)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -229,6 +229,18 @@ def test_a_wait_is_reported_again_and_again_but_seldom() -> None:
     assert said[1:] == [LoadWaits("its turn"), LoadWaits("rank 1")]
 
 
+def test_of_a_second_model_is_reported_how_much_is_read_too() -> None:
+    said: list[FromEngine] = []
+    report = SentReport(said.append)
+    for total in (1000, 1000, 400):
+        for read in (1, 2, total):
+            report(read, total)
+    assert said == [
+        *(LoadProgress(read, 1000) for read in (1, 1000, 1, 1000)),
+        *(LoadProgress(read, 400) for read in (1, 400)),
+    ]
+
+
 def test_a_model_that_cannot_be_loaded_is_reported_with_the_reason(peer: Peer, address: str) -> None:
     def load(report: LoadReport) -> FakeCore:
         raise ValueError("the checkpoint has no config.json")

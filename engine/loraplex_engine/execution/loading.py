@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from loraplex_engine.checkpoint.model_config import ModelError, NotBorrowedError, UnknownArchitectureError
+from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.checkpoint.weights import Progress, read_json
 from loraplex_engine.execution.device import free_bytes, loading_turn, select_device
 from loraplex_engine.execution.memory_profile import cache_budget
@@ -18,9 +19,9 @@ from loraplex_engine.execution.model_runner import ModelRunner
 from loraplex_engine.execution.rank_runners import LeadingRunner
 from loraplex_engine.link.config import USUAL_CACHE_FRACTION, EngineConfig
 from loraplex_engine.link.load_report import LoadReport
-from loraplex_engine.models import LanguageModel, load_model
+from loraplex_engine.models import load_model, read_model_config
+from loraplex_engine.models.layout import held_heads, lora_targets
 from loraplex_engine.models.model import Model
-from loraplex_engine.ranks.exchange import Ranks
 from loraplex_engine.ranks.group import Group
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.selection import select_ops
@@ -53,7 +54,7 @@ def _first_runner(
     if others is None:
         return ModelRunner(_load(config, path, ops, report), ops, config)
     group = others.join(ops.device)
-    model = load_share(config, path, ops, group, report)
+    model = load_model(config, path, ops, report, group)
     return LeadingRunner(model, ops, config, group, others.wait_loaded())
 
 
@@ -74,7 +75,7 @@ def load_runners(
     with _loading_turns(config, ops.device, report):
         runner = _first_runner(config, path, ops, report, others)
         small = msgspec.structs.replace(small, max_model_len=runner.max_model_len)
-        model = _load(small, small_path, ops)
+        model = _load(small, small_path, ops, report)
         if model.config.classifier is not None:
             raise ValueError(
                 f"{small_path}: {model.config.architecture} generates no text: choose another model to draft"
@@ -101,19 +102,18 @@ def _loading_turns(config: EngineConfig, device: torch.device, report: LoadRepor
         yield
 
 
-def load_share(
-    config: EngineConfig, path: Path, ops: Ops, ranks: Ranks, progress: Progress | None = None
-) -> LanguageModel:
-    """A rank's share of the model in `path`. Raises ModelError if it cannot be divided."""
-    undivided = f"transformers' class cannot be divided among {ranks.shard.processes} ranks"
+def check_divisible(config: EngineConfig, path: Path) -> None:
+    """Raise ModelError if the model in `path` cannot be divided among the ranks of `config`, by its config.json."""
+    undivided = f"transformers' class cannot be divided among {config.world} ranks"
     if config.implementation == "transformers":
         raise ModelError(f"{path}: {undivided}")
     try:
-        return load_model(config, path, ops, progress, ranks)
+        model = read_model_config(path, config.rope_scaling)
     except UnknownArchitectureError as error:
-        raise ModelError(
-            f"{error}; transformers' class cannot be divided among {ranks.shard.processes} ranks"
-        ) from error
+        raise ModelError(f"{error}; {undivided}") from error
+    shard = Shard.of_process(0, config.tensor_parallel, config.pipeline_parallel)
+    held_heads(model, shard)
+    lora_targets(model, shard)
 
 
 def _load(config: EngineConfig, path: Path, ops: Ops, progress: Progress | None = None) -> Model:

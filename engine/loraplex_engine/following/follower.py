@@ -20,7 +20,7 @@ from loraplex_adapters.runtime.weights import LoadedAdapter, load_adapter, load_
 from loraplex_engine.checkpoint.hub import resolve_model
 from loraplex_engine.checkpoint.shard import Shard
 from loraplex_engine.execution.device import free_bytes
-from loraplex_engine.execution.loading import load_share, rank_ops
+from loraplex_engine.execution.loading import rank_ops
 from loraplex_engine.execution.orders import Allocate, Compute, Forget, Load, Put, Remove, Report, decode
 from loraplex_engine.execution.rank_runners import FollowingRunner
 from loraplex_engine.following.adapter_files import AdapterFiles, FetchedFiles, files_here
@@ -29,6 +29,7 @@ from loraplex_engine.following.ready import READ, RankReady, files_digest, loade
 from loraplex_engine.following.starting import Assignment
 from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.host_memory import resident_bytes
+from loraplex_engine.models import load_model
 from loraplex_engine.ranks.group import Group, Notes
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def follow(assignment: Assignment) -> None:
         ops = rank_ops(config, rank)
         path = resolve_model(config.model, config.revision)
         group = Group(shard, notes, ops.device, host=assignment.host)
-        model = load_share(config, path, ops, group, progress)
+        model = load_model(config, path, ops, progress, group)
         files = files_digest(path)
     except (ValueError, OSError) as error:
         notes.put(loaded_note(rank), msgspec.json.encode(RankReady(str(error))))

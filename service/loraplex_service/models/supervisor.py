@@ -35,10 +35,14 @@ from loraplex_service.errors import LoraplexError, Unavailable
 from loraplex_service.models.config import SupervisionConfig
 from loraplex_service.models.load_signs import SLICES, LoadSigns
 from loraplex_service.models.placement import NoRoomError, Seat
+from loraplex_service.models.slow_reads import begin_read
 
 logger = logging.getLogger(__name__)
 
 LAST_WORDS_SECONDS: Final = 0.1  # for messages of an ended engine that are still on their way, such as EngineFailed
+STANDS_STILL: Final = (
+    "See whether a process or a file system stands still; if they are only slow, raise supervision.load_timeout_seconds"
+)
 RESTART_SECONDS: Final = 5.0  # after which callers may try again
 
 
@@ -205,11 +209,19 @@ class EngineSupervisor:
 
     async def _start_process(self, stack: ExitStack) -> tuple[ServiceBus, EngineProcess]:
         """Start the process and bind the bus that it will connect to. The stack closes both."""
-        self._revision_at_start = await asyncio.to_thread(self._read_revision)
+        self._revision_at_start = await self._revision_in_time()
         self._directory.ensure()
         address = bus_address(self._directory.path, f"{self.name}-{self._num_lives}")
         bus = stack.enter_context(ServiceBus(address))
         return bus, await self._launch(address)
+
+    async def _revision_in_time(self) -> str:
+        """The present revision. Raises OSError if it cannot be read, or not within the timeout of a load."""
+        timeout = self._config.load_timeout_seconds
+        reading = begin_read(self._read_revision)
+        if not (await asyncio.wait({reading}, timeout=timeout))[0]:
+            raise OSError(f"the files of the model were not read within {timeout:g} s. {STANDS_STILL}")
+        return await reading
 
     async def _accompany(self, process: EngineProcess, bus: ServiceBus, load: LoadSigns) -> None:
         """Take messages and count silence until the process is gone."""
@@ -279,7 +291,7 @@ class EngineSupervisor:
     async def _take_revision(self) -> None:
         """Note the revision that the process has loaded."""
         try:
-            found = await asyncio.to_thread(self._read_revision)
+            found = await begin_read(self._read_revision)
         except OSError as error:
             raise _EngineLost(f"the files that it has loaded cannot be found: {error}") from error
         if self._revision_at_start not in ("", found):
@@ -306,9 +318,7 @@ class EngineSupervisor:
             while not (await asyncio.wait({ready}, timeout=timeout / SLICES))[0]:
                 if load.is_silent():
                     raise _EngineLost(
-                        f"nothing new was heard of it for {timeout:g} s while it loaded: {load.state}. See whether a "
-                        "process or a file system stands still; if they are only slow, raise "
-                        "supervision.load_timeout_seconds"
+                        f"nothing new was heard of it for {timeout:g} s while it loaded: {load.state}. {STANDS_STILL}"
                     )
         finally:
             ready.cancel()

@@ -146,3 +146,25 @@ def test_a_small_model_whose_tokenizer_names_other_ids_is_refused(
             load(small=str(other))
     finally:
         (folder / "base" / "tokenizer.json").unlink()
+
+
+class Told:
+    """A `LoadReport` that keeps how much was read."""
+
+    def __init__(self) -> None:
+        self.read: list[tuple[int, int]] = []
+
+    def __call__(self, bytes_loaded: int, bytes_total: int) -> None:
+        self.read.append((bytes_loaded, bytes_total))
+
+    def waits(self, what: str) -> None:
+        raise AssertionError("nothing is waited for")
+
+
+def test_the_small_model_is_told_of_while_it_loads(folder: Path) -> None:
+    drafts, told = DraftConfig(kind=DraftKind.MODEL, model=str(folder / "small"), tokens=4), Told()
+    config = EngineConfig(model=str(folder / "base"), drafts=drafts, max_model_len=64, kv_cache_bytes=1 << 20)
+    EngineCore.load(config, told).close()
+    whole = [total for read, total in told.read if read == total]
+    assert len(whole) == 2
+    assert len(told.read) > 4  # tensor by tensor

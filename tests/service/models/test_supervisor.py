@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import signal
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -306,6 +307,33 @@ async def test_an_engine_that_says_nothing_new_while_it_loads_is_failed() -> Non
         assert watched.history == [EngineState.LOADING, EngineState.FAILED]
         assert "nothing new was heard of it for 0.5 s while it loaded" in watched.error
         assert "raise supervision.load_timeout_seconds" in watched.error
+
+
+async def test_files_that_are_not_read_in_time_are_a_failed_start() -> None:
+    answered = threading.Event()  # by the file system
+    async with supervisor(config=IMPATIENT) as watched:
+        watched._read_revision = lambda: "r1" if answered.wait() else ""
+        watched.start()
+        await watched.wait_settled()
+        assert watched.history == [EngineState.LOADING, EngineState.FAILED]
+        assert "the files of the model were not read within 0.5 s" in watched.error
+        assert "raise supervision.load_timeout_seconds" in watched.error
+        answered.set()
+        watched._config = QUICK
+        watched.start()
+        await watched.wait_settled()
+        assert watched.state is EngineState.ACTIVE
+
+
+async def test_stopping_while_its_files_are_not_read_waits_for_nothing() -> None:
+    answered = threading.Event()
+    async with supervisor() as watched:
+        watched._read_revision = lambda: "r1" if answered.wait() else ""
+        watched.start()
+        await asyncio.sleep(0)
+        await watched.stop(UNLOADED)
+        assert watched.state is EngineState.UNLOADED
+    answered.set()
 
 
 def told(report: LoadReport, bus: EngineBus) -> None:
