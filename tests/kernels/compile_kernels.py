@@ -111,7 +111,7 @@ class Launches:
         q = self.zeros(sum(new), shape.num_heads, shape.head_dim)
         self.ops.paged_attention(q, cache, metadata, 0.1, window, soft_cap, sinks)
 
-    def lora(self, in_features, out_features, ranks, rows):
+    def lora(self, in_features, out_features, ranks, rows, num_segments=1):
         table, part = self.ops.lora_table(in_features, out_features, 1), out_features // len(ranks)
         slices, total = [], 0
         for index, rank in enumerate(ranks):
@@ -119,7 +119,9 @@ class Launches:
             total += rank
         affine = torch.zeros(2, out_features)
         table.put(0, self.ops.pack_lora(LoraWeights(self.zeros(total, in_features), tuple(slices), affine)))
-        segments = LoraSegments(((0, 0, rows),), *torch.tensor([[0], [0], [rows]], dtype=torch.int32))
+        each = rows // num_segments
+        ranges = tuple((0, first, first + each) for first in range(0, rows, each))
+        segments = LoraSegments(ranges, *torch.tensor(ranges, dtype=torch.int32).T.contiguous())
         self.ops.segmented_lora(self.zeros(rows, out_features), self.zeros(rows, in_features), segments, table)
 
     def quantised(self, in_features, out_features, rows):
@@ -197,7 +199,7 @@ class Launches:
             self.attention(eight_billion, [300], [900], stored=stored)
             self.attention(gemma, [1], [9000], 512, 50.0, stored=stored)
             self.attention(gemma, [300], [900], 512, 50.0, stored=stored)
-        self.attention(HeadShape(14, 2, 64), [1] * 65, [200] * 65)  # of one chunk each
+        self.attention(HeadShape(14, 2, 64), [1] * 2000, [200] * 2000)  # of one chunk each
         sinks = torch.zeros(14)
         for new, lengths in (([1], [3000]), ([1] * 64, [900] * 64), ([300], [900])):
             self.attention(HeadShape(14, 2, 64), new, lengths, 128, sinks=sinks)
@@ -206,6 +208,7 @@ class Launches:
         self.lora(4096, 6144, (16, 16, 16), 8)
         self.lora(4096, 28672, (64, 64), 2048)
         self.lora(4096, 4097, (256,), 200)
+        self.lora(4096, 6144, (16, 16, 16), 8192, num_segments=4096)
         self.quantised(2048, 1024, (1, 300))
         self.integers(2048, 1024, (1, 300))
         self.experts(2048, 1536, 16)

@@ -25,6 +25,7 @@ from tests.kernels.tolerance import Tolerance
 triton = pytest.importorskip("triton")
 
 from loraplex_kernels.triton import TritonOps  # noqa: E402  (imports triton)
+from loraplex_kernels.triton.primitives import RANGES_AT_ONCE  # noqa: E402
 
 # exp(-x) of the gates overflows to infinity, as it should; numpy under the interpreter says so.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -382,7 +383,7 @@ def test_the_first_adapter_that_scales_makes_captured_graphs_stale(random):
     assert growth[0] < growth[1] == growth[2]
 
 
-@pytest.mark.parametrize("rank", [1, 8, 16, 33, 64, 100, 512])
+@pytest.mark.parametrize("rank", [1, 8, 16, 17, 31, 32, 33, 64, 100, 512])
 def test_lora_of_any_rank(random, rank):
     check_lora(random, (48, 136), {1: [(rank, 0, 136)]}, [(1, 0, 3)], 3, torch.float32)
 
@@ -407,10 +408,12 @@ def test_lora_without_rows_adds_nothing(random):
     check_lora(random, (16, 24), {0: [(4, 0, 24)]}, [(0, 0, 0)], 0, torch.float32)
 
 
-def test_lora_of_many_segments(random):
-    held = {slot: [(2 + slot, 0, 24)] for slot in range(3)}
-    ranges = [(i % 4, 2 * i, 2 * i + 1) for i in range(37)]
-    check_lora(random, (16, 24), held, ranges, 75, torch.float32)
+@pytest.mark.parametrize("count", [37, pytest.param(RANGES_AT_ONCE.value + 9, marks=pytest.mark.slow)])
+def test_lora_of_many_segments(random, count):
+    """More of them than a program looks at together, too."""
+    held = {slot: [(2 + 15 * slot, 0, 24)] for slot in range(3)}
+    ranges = [(i % 4, 2 * i, 2 * i + 1) for i in range(count)]
+    check_lora(random, (16, 24), held, ranges, 2 * count + 1, torch.float32)
 
 
 def test_padding_segments_after_the_last_row_add_nothing(random):

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from loraplex_kernels.triton import TritonOps
 from loraplex_kernels.triton.decoding import MAX_CHUNKS, MIN_CHUNK
+from loraplex_kernels.triton.primitives import RANGES_AT_ONCE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPS, REFERENCE = TritonOps(DEVICE), ReferenceOps(DEVICE)
@@ -86,4 +87,12 @@ def test_a_sequence_has_the_same_bits_alone_and_beside_others(lengths, window):
 def test_a_long_sequence_has_longer_chunks_and_no_more_of_them():
     keys = MIN_CHUNK.value * MAX_CHUNKS.value + 100
     step = Step([(keys, 1), (30, 1)], -(-keys // BLOCK_SIZE))
+    torch.testing.assert_close(step.attended(None), step.expected(None), **TOLERANCE)
+
+
+@pytest.mark.slow
+def test_more_sequences_than_are_counted_at_once():
+    """Two among the last have several chunks, and one between them is no decoding one."""
+    some = [(3, 1)] * (RANGES_AT_ONCE.value - 1)
+    step = Step([*some, (300, 1), (9, 3), (5, 1), (600, 1)])
     torch.testing.assert_close(step.attended(None), step.expected(None), **TOLERANCE)

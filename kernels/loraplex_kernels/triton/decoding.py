@@ -3,8 +3,9 @@
 A sequence's keys are cut into chunks by its length alone (Flash-Decoding), whoever else is in the step, so that its
 result has the same bits beside any others. All chunks of all sequences and kv heads are numbered in a row, of which
 program p of n takes every n-th from p on: one sequence of many keys costs what its bytes cost, as they are spread over
-all programs. Each program counts the chunks for itself, from the lengths on the device: a captured CUDA graph is right
-for all lengths, and the host plans nothing. Where a sequence has several chunks, a second kernel adds them up in order.
+all programs. Each program counts the chunks for itself, of some hundred sequences at a time, from the lengths on the
+device: a captured CUDA graph is right for all lengths, and the host plans nothing. Where a sequence has several chunks,
+a second kernel adds them up in order.
 """
 
 # ruff: noqa: N803  (what is fixed when a kernel is compiled is upper case, as everywhere in Triton)
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from loraplex_kernels.ops import AttentionMetadata, LayerKV
 from loraplex_kernels.triton.attention_tiles import LOG2_E, Scoring, arguments, attend, choose_tile
-from loraplex_kernels.triton.primitives import PROGRAMS_EACH, locate_work, room_for_ranges
+from loraplex_kernels.triton.primitives import PROGRAMS_EACH, RANGES_AT_ONCE, locate_work
 
 MIN_CHUNK = tl.constexpr(256)  # keys: fewer are not worth a program's turn
 MAX_CHUNKS = tl.constexpr(64)  # of a sequence: those of long ones are longer
@@ -35,6 +36,26 @@ def _chunks(lengths: tl.tensor, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr) -> 
     sizes = tl.cdiv(tl.cdiv(lengths - firsts, MAX_CHUNKS), BLOCK_N) * BLOCK_N
     sizes = tl.maximum(sizes, MIN_CHUNK)
     return firsts, sizes, tl.maximum(tl.cdiv(lengths - firsts, sizes), 1)
+
+
+@triton.jit
+def _chunks_through(
+    query_starts: tl.tensor,  # int32 [S + 1]
+    seq_lens: tl.tensor,  # int32 [S]
+    first: tl.tensor,
+    num_sequences: tl.tensor,  # S
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tl.tensor:
+    """Of RANGES_AT_ONCE sequences from `first` on: the chunks of those up to each, where they decode → int32, and the
+    chunks of all."""
+    sequences = first + tl.arange(0, RANGES_AT_ONCE)
+    there = sequences < num_sequences
+    ends = tl.load(query_starts + sequences + 1, mask=there, other=0)
+    decoding = ends - tl.load(query_starts + sequences, mask=there, other=0) == 1
+    _, _, counts = _chunks(tl.load(seq_lens + sequences, mask=there, other=0), WINDOW, BLOCK_N)
+    counts = tl.where(decoding, counts, 0)
+    return tl.cumsum(counts, axis=0), tl.sum(counts, axis=0)
 
 
 # What changes from step to step must not make a new kernel.
@@ -64,49 +85,48 @@ def _decode(
     GROUP: tl.constexpr,  # query heads that share a kv head
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # no fewer than the sequences
     BLOCK_M: tl.constexpr,  # no fewer than GROUP
     BLOCK_N: tl.constexpr,  # keys of a step
     BLOCK_D: tl.constexpr,
 ) -> None:
-    sequences = tl.arange(0, BLOCK_S)
-    there = sequences < num_sequences
-    ends = tl.load(query_starts + sequences + 1, mask=there, other=0)
-    decoding = ends - tl.load(query_starts + sequences, mask=there, other=0) == 1
-    _, _, counts = _chunks(tl.load(seq_lens + sequences, mask=there, other=0), WINDOW, BLOCK_N)
-    through = tl.cumsum(tl.where(decoding, counts, 0), axis=0)
-    num_chunks = tl.max(through, axis=0)
-
     rows = tl.arange(0, BLOCK_M)
     row_mask = rows < GROUP
     dims = tl.arange(0, BLOCK_D)
     # Written so that it vanishes where there is nothing to mask.
     dim_mask = dims < HEAD_DIM if HEAD_DIM < BLOCK_D else tl.full((BLOCK_D,), 1, tl.int1)
     q_mask = row_mask[:, None] & dim_mask[None, :]
-    for work in range(tl.program_id(0), num_chunks * NUM_KV_HEADS, tl.num_programs(0)):
-        sequence, chunk = locate_work(through, work // NUM_KV_HEADS)
-        kv_head = work % NUM_KV_HEADS
-        heads = kv_head * GROUP + rows
-        row = tl.load(query_starts + sequence)
-        length = tl.load(seq_lens + sequence)
-        first, size, count = _chunks(length, WINDOW, BLOCK_N)
-        first += chunk * size
-        q_rows = row.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
-        q_tile = tl.load(q + q_rows[:, None] * HEAD_DIM + dims[None, :], mask=q_mask, other=0)
-        accumulated, total, highest = attend(
-            q_tile, rows * 0 + (length - 1), length - 1, kv_head, k_cache, v_cache, k_scale, v_scale,
-            block_tables + sequence.to(tl.int64) * max_blocks, dims, dim_mask, first, tl.minimum(first + size, length),
-            SCALE, WINDOW, SOFT_CAP, CODING, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        if count == 1:
-            if HAS_SINKS:
-                total += tl.exp2(tl.load(sinks + heads, mask=row_mask, other=0) * LOG2_E - highest)
-            attended = accumulated / tl.maximum(total, 1e-30)[:, None]
-            tl.store(out + q_rows[:, None] * HEAD_DIM + dims[None, :], attended.to(out.dtype.element_ty), mask=q_mask)
-        else:
-            part = (sequence.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads) * max_chunks + chunk
-            tl.store(log_sums + part, highest + tl.log2(total), mask=row_mask)
-            tl.store(parts + part[:, None] * HEAD_DIM + dims[None, :], accumulated / total[:, None], mask=q_mask)
+    work, before = tl.program_id(0), 0  # before: chunks of sequences before `some`
+    for some in range(0, num_sequences, RANGES_AT_ONCE):
+        through, num_chunks = _chunks_through(query_starts, seq_lens, some, num_sequences, WINDOW, BLOCK_N)
+        while work < (before + num_chunks) * NUM_KV_HEADS:
+            sequence, chunk = locate_work(through, work // NUM_KV_HEADS - before)
+            sequence += some
+            kv_head = work % NUM_KV_HEADS
+            heads = kv_head * GROUP + rows
+            row = tl.load(query_starts + sequence)
+            length = tl.load(seq_lens + sequence)
+            first, size, count = _chunks(length, WINDOW, BLOCK_N)
+            first += chunk * size
+            q_rows = row.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
+            q_tile = tl.load(q + q_rows[:, None] * HEAD_DIM + dims[None, :], mask=q_mask, other=0)
+            accumulated, total, highest = attend(
+                q_tile, rows * 0 + (length - 1), length - 1, kv_head, k_cache, v_cache, k_scale, v_scale,
+                block_tables + sequence.to(tl.int64) * max_blocks, dims, dim_mask, first,
+                tl.minimum(first + size, length), SCALE, WINDOW, SOFT_CAP, CODING, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE,
+                BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            if count == 1:
+                if HAS_SINKS:
+                    total += tl.exp2(tl.load(sinks + heads, mask=row_mask, other=0) * LOG2_E - highest)
+                attended = (accumulated / tl.maximum(total, 1e-30)[:, None]).to(out.dtype.element_ty)
+                tl.store(out + q_rows[:, None] * HEAD_DIM + dims[None, :], attended, mask=q_mask)
+            else:
+                part = (sequence.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads) * max_chunks + chunk
+                tl.store(log_sums + part, highest + tl.log2(total), mask=row_mask)
+                place = parts + part[:, None] * HEAD_DIM + dims[None, :]
+                tl.store(place, accumulated / total[:, None], mask=q_mask)
+            work += tl.num_programs(0)
+        before += num_chunks
 
 
 @triton.jit(do_not_specialize=["max_chunks"])
@@ -172,7 +192,6 @@ def attend_decoding(
         parts=parts,
         log_sums=log_sums,
         max_chunks=max_chunks,
-        BLOCK_S=room_for_ranges(num_sequences),
         **arguments(q, cache, metadata, scoring, tile),
     )
     if max_chunks > 1:

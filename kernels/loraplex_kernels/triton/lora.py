@@ -3,9 +3,9 @@
 The device finds an adapter through a table of addresses, so every adapter keeps its own tensors at its own ranks. A
 tile of rows belongs to one adapter. Shrink splits the input features between programs and writes their sums apart;
 expand adds them up. All pieces of work are numbered in a row, of which program p of n takes every n-th from p on. Each
-program counts them for itself, from the segments on the device: segments, resident adapters and their ranks may change
-under a captured CUDA graph, as long as no rank exceeds the table's capacity, and a tile's features are split between
-the more programs the fewer tiles there are.
+program counts them for itself, from the segments on the device, of which it looks at some hundred at a time: segments,
+resident adapters and their ranks may change under a captured CUDA graph, as long as no rank exceeds the table's
+capacity, and a tile's features are split between the more programs the fewer tiles there are.
 """
 
 # ruff: noqa: N803  (what is fixed when a kernel is compiled is upper case, as everywhere in Triton)
@@ -34,27 +34,40 @@ from loraplex_kernels.triton.lora_table import (
     TritonLoraTable,
     TritonLoraTables,
 )
-from loraplex_kernels.triton.primitives import LEAST_STEP, PROGRAMS_EACH, dot, locate_work, room_for_ranges
+from loraplex_kernels.triton.primitives import LEAST_STEP, PROGRAMS_EACH, RANGES_AT_ONCE, dot, locate_work
 
 C_STEP_BYTES = 256  # of the input features that shrink takes at a time
+MIDDLE_STEP = tl.constexpr(32)  # of the ranks, where there are more than LEAST_STEP …
+WIDE_STEP = tl.constexpr(64)  # … and where there are more than that
 R_STEP_BYTES = 64  # of the ranks that expand takes at a time: more of float32 do not fit into registers
 BLOCK_N = 128
 SCALED_BLOCK_N = 64
 MAX_SPLITS = 16  # of the input features of a tile
+ROWS_EACH = 64  # of shrunk inputs, for which there is room per program
 STEP_SIZES = ["num_segments", "num_rows", "most_work", "max_splits"]  # these and
 STEP_TENSORS = ["slots", "starts", "ends"]  # these must not make new kernels
 
 
 @triton.jit
 def _tiles_through(
-    starts: tl.tensor, ends: tl.tensor, num_segments: tl.tensor, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr
+    starts: tl.tensor, ends: tl.tensor, first: tl.tensor, num_segments: tl.tensor, BLOCK_M: tl.constexpr
 ) -> tl.tensor:
-    """The tiles of the segments up to each → int32 [BLOCK_G], and those of all."""
-    segments = tl.arange(0, BLOCK_G)
+    """Of RANGES_AT_ONCE segments from `first` on: the tiles of those up to each → int32, and the tiles of all."""
+    segments = first + tl.arange(0, RANGES_AT_ONCE)
     there = segments < num_segments
     num_rows = tl.load(ends + segments, mask=there, other=0) - tl.load(starts + segments, mask=there, other=0)
-    through = tl.cumsum(tl.cdiv(num_rows, BLOCK_M), axis=0)
-    return through, tl.max(through, axis=0)
+    counts = tl.cdiv(num_rows, BLOCK_M)
+    return tl.cumsum(counts, axis=0), tl.sum(counts, axis=0)
+
+
+@triton.jit
+def _count_tiles(starts: tl.tensor, ends: tl.tensor, num_segments: tl.tensor, BLOCK_M: tl.constexpr) -> tl.tensor:
+    """The tiles of all segments."""
+    count = 0
+    for some in range(0, num_segments, RANGES_AT_ONCE):
+        _, num_tiles = _tiles_through(starts, ends, some, num_segments, BLOCK_M)
+        count += num_tiles
+    return count
 
 
 @triton.jit
@@ -105,35 +118,39 @@ def _shrink(
     max_splits: tl.tensor,
     in_features: tl.tensor,  # C
     capacity: tl.tensor,
-    BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    through, num_tiles = _tiles_through(starts, ends, num_segments, BLOCK_G, BLOCK_M)
-    splits = _splits(num_tiles, most_work, max_splits)
+    splits = _splits(_count_tiles(starts, ends, num_segments, BLOCK_M), most_work, max_splits)
     share = tl.cdiv(tl.cdiv(in_features, splits), BLOCK_C) * BLOCK_C
-    for work in range(tl.program_id(0), num_tiles * splits, tl.num_programs(0)):
-        segment, tile = locate_work(through, work // splits)
-        split = work % splits
-        rows = tl.load(starts + segment) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_mask = (rows < tl.load(ends + segment))[:, None]
-        entry = entries + tl.load(slots + segment) * ENTRY_SIZE
-        rank = tl.load(entry + SUM_OF_RANKS).to(tl.int32)
-        a = tl.multiple_of(tl.load(entry + A_ADDRESS).to(tl.pointer_type(x.dtype.element_ty)), 16)
-        x_rows = x + rows.to(tl.int64)[:, None] * in_features
-        out_rows = shrunk + (split * num_rows + rows).to(tl.int64)[:, None] * capacity
-        first_column = split * share
-        last_column = tl.minimum(first_column + share, in_features)
-        if rank <= LEAST_STEP:
-            _shrink_tile(
-                x_rows, out_rows, a, rank, row_mask, in_features, first_column, last_column, BLOCK_M, LEAST_STEP,
-                BLOCK_C,
-            )  # fmt: skip
-        else:
-            _shrink_tile(
-                x_rows, out_rows, a, rank, row_mask, in_features, first_column, last_column, BLOCK_M, BLOCK_R, BLOCK_C
-            )
+    work, before = tl.program_id(0), 0  # before: tiles of segments before `some`
+    for some in range(0, num_segments, RANGES_AT_ONCE):
+        through, num_tiles = _tiles_through(starts, ends, some, num_segments, BLOCK_M)
+        while work < (before + num_tiles) * splits:
+            segment, tile = locate_work(through, work // splits - before)
+            segment += some
+            split = work % splits
+            rows = tl.load(starts + segment) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            row_mask = (rows < tl.load(ends + segment))[:, None]
+            entry = entries + tl.load(slots + segment) * ENTRY_SIZE
+            rank = tl.load(entry + SUM_OF_RANKS).to(tl.int32)
+            a = tl.multiple_of(tl.load(entry + A_ADDRESS).to(tl.pointer_type(x.dtype.element_ty)), 16)
+            x_rows = x + rows.to(tl.int64)[:, None] * in_features
+            out_rows = shrunk + (split * num_rows + rows).to(tl.int64)[:, None] * capacity
+            first = split * share
+            last = tl.minimum(first + share, in_features)
+            if rank <= LEAST_STEP:
+                _shrink_tile(
+                    x_rows, out_rows, a, rank, row_mask, in_features, first, last, BLOCK_M, LEAST_STEP, BLOCK_C
+                )
+            elif rank <= MIDDLE_STEP:
+                _shrink_tile(
+                    x_rows, out_rows, a, rank, row_mask, in_features, first, last, BLOCK_M, MIDDLE_STEP, BLOCK_C
+                )
+            else:
+                _shrink_tile(x_rows, out_rows, a, rank, row_mask, in_features, first, last, BLOCK_M, WIDE_STEP, BLOCK_C)
+            work += tl.num_programs(0)
+        before += num_tiles
 
 
 @triton.jit
@@ -197,36 +214,40 @@ def _expand(
     max_splits: tl.tensor,
     out_features: tl.tensor,  # N
     capacity: tl.tensor,
-    BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    through, num_tiles = _tiles_through(starts, ends, num_segments, BLOCK_G, BLOCK_M)
-    splits = _splits(num_tiles, most_work, max_splits)
+    splits = _splits(_count_tiles(starts, ends, num_segments, BLOCK_M), most_work, max_splits)
     column_tiles = tl.cdiv(out_features, BLOCK_N) + MAX_SLICES - 1  # of any slices, one after the other
     slices = tl.arange(0, MAX_SLICES)
-    for work in range(tl.program_id(0), num_tiles * column_tiles, tl.num_programs(0)):
-        segment, tile = locate_work(through, work // column_tiles)
-        entry = entries + tl.load(slots + segment) * ENTRY_SIZE
-        num_slices = tl.load(entry + NUM_SLICES).to(tl.int32)
-        num_columns = tl.load(entry + OUT_FEATURES + slices, mask=slices < num_slices, other=0)
-        columns_through = tl.cumsum(tl.cdiv(num_columns, BLOCK_N).to(tl.int32), axis=0)
-        piece, column_tile = locate_work(columns_through, work % column_tiles)
-        if piece < num_slices:
-            rows = tl.load(starts + segment) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            row_mask = rows < tl.load(ends + segment)
-            first_column = column_tile * BLOCK_N
-            if (tl.load(entry + OUT_START + piece) | tl.load(entry + OUT_FEATURES + piece)) % ALIGNMENT == 0:
-                _expand_tile(
-                    y, shrunk, entry, piece, first_column, rows, row_mask, num_rows, splits, out_features, capacity,
-                    True, BLOCK_M, BLOCK_R, BLOCK_N,
-                )  # fmt: skip
-            else:
-                _expand_tile(
-                    y, shrunk, entry, piece, first_column, rows, row_mask, num_rows, splits, out_features, capacity,
-                    False, BLOCK_M, BLOCK_R, BLOCK_N,
-                )  # fmt: skip
+    work, before = tl.program_id(0), 0  # before: tiles of segments before `some`
+    for some in range(0, num_segments, RANGES_AT_ONCE):
+        through, num_tiles = _tiles_through(starts, ends, some, num_segments, BLOCK_M)
+        while work < (before + num_tiles) * column_tiles:
+            segment, tile = locate_work(through, work // column_tiles - before)
+            segment += some
+            entry = entries + tl.load(slots + segment) * ENTRY_SIZE
+            num_slices = tl.load(entry + NUM_SLICES).to(tl.int32)
+            num_columns = tl.load(entry + OUT_FEATURES + slices, mask=slices < num_slices, other=0)
+            columns_through = tl.cumsum(tl.cdiv(num_columns, BLOCK_N).to(tl.int32), axis=0)
+            piece, column_tile = locate_work(columns_through, work % column_tiles)
+            if piece < num_slices:
+                rows = tl.load(starts + segment) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+                row_mask = rows < tl.load(ends + segment)
+                first = column_tile * BLOCK_N
+                if (tl.load(entry + OUT_START + piece) | tl.load(entry + OUT_FEATURES + piece)) % ALIGNMENT == 0:
+                    _expand_tile(
+                        y, shrunk, entry, piece, first, rows, row_mask, num_rows, splits, out_features, capacity,
+                        True, BLOCK_M, BLOCK_R, BLOCK_N,
+                    )  # fmt: skip
+                else:
+                    _expand_tile(
+                        y, shrunk, entry, piece, first, rows, row_mask, num_rows, splits, out_features, capacity,
+                        False, BLOCK_M, BLOCK_R, BLOCK_N,
+                    )  # fmt: skip
+            work += tl.num_programs(0)
+        before += num_tiles
 
 
 @triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=STEP_TENSORS)
@@ -238,26 +259,30 @@ def _scale(
     ends: tl.tensor,  # int32 [G]
     num_segments: tl.tensor,
     out_features: tl.tensor,  # N
-    BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    through, num_tiles = _tiles_through(starts, ends, num_segments, BLOCK_G, BLOCK_M)
     column_tiles = tl.cdiv(out_features, BLOCK_N)
-    for work in range(tl.program_id(0), num_tiles * column_tiles, tl.num_programs(0)):
-        segment, tile = locate_work(through, work // column_tiles)
-        address = tl.load(entries + tl.load(slots + segment) * ENTRY_SIZE + AFFINE_ADDRESS)
-        if address != 0:
-            affine = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)  # [2, N]
-            columns = work % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-            inside = columns < out_features
-            gain = tl.load(affine + columns, mask=inside, other=0)
-            offset = tl.load(affine + out_features + columns, mask=inside, other=0)
-            rows = tl.load(starts + segment) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            place = y + rows.to(tl.int64)[:, None] * out_features + columns[None, :]
-            mask = (rows < tl.load(ends + segment))[:, None] & inside[None, :]
-            values = tl.load(place, mask=mask, other=0).to(tl.float32) * gain[None, :] + offset[None, :]
-            tl.store(place, values.to(y.dtype.element_ty), mask=mask)
+    work, before = tl.program_id(0), 0  # before: tiles of segments before `some`
+    for some in range(0, num_segments, RANGES_AT_ONCE):
+        through, num_tiles = _tiles_through(starts, ends, some, num_segments, BLOCK_M)
+        while work < (before + num_tiles) * column_tiles:
+            segment, tile = locate_work(through, work // column_tiles - before)
+            segment += some
+            address = tl.load(entries + tl.load(slots + segment) * ENTRY_SIZE + AFFINE_ADDRESS)
+            if address != 0:
+                affine = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)  # [2, N]
+                columns = work % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+                inside = columns < out_features
+                gain = tl.load(affine + columns, mask=inside, other=0)
+                offset = tl.load(affine + out_features + columns, mask=inside, other=0)
+                rows = tl.load(starts + segment) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+                place = y + rows.to(tl.int64)[:, None] * out_features + columns[None, :]
+                mask = (rows < tl.load(ends + segment))[:, None] & inside[None, :]
+                values = tl.load(place, mask=mask, other=0).to(tl.float32) * gain[None, :] + offset[None, :]
+                tl.store(place, values.to(y.dtype.element_ty), mask=mask)
+            work += tl.num_programs(0)
+        before += num_tiles
 
 
 def segmented_lora(
@@ -280,12 +305,11 @@ def segmented_lora(
     most_tiles = num_rows // block_m + num_segments
     num_programs = PROGRAMS_EACH * num_multiprocessors
     streaming = 2 * num_programs  # small programs that do not run ahead: others work while one waits
-    max_splits = min(MAX_SPLITS, triton.cdiv(table.in_features, block_c))
-    if block_m > LEAST_STEP.value:  # so many rows that what a split takes counts
-        max_splits = min(max_splits, max(num_programs // (num_rows // block_m + 1), 1))
+    # What all splits leave behind is no more than so many rows, or one split's.
+    max_splits = min(MAX_SPLITS, triton.cdiv(table.in_features, block_c), max(ROWS_EACH * num_programs // num_rows, 1))
     shrunk = torch.empty((max_splits, num_rows, table.capacity), dtype=torch.float32, device=x.device)
     where = (table.entries, segments.slots, segments.starts, segments.ends, num_segments)
-    block_g, column_tiles = room_for_ranges(num_segments), triton.cdiv(table.out_features, BLOCK_N)
+    column_tiles = triton.cdiv(table.out_features, BLOCK_N)
     _shrink[(min(num_programs, most_tiles * max_splits),)](
         x,
         shrunk,
@@ -295,9 +319,7 @@ def segmented_lora(
         max_splits,
         table.in_features,
         table.capacity,
-        BLOCK_G=block_g,
         BLOCK_M=block_m,
-        BLOCK_R=min(64, table.capacity),
         BLOCK_C=block_c,
         num_warps=num_warps,
     )
@@ -310,7 +332,6 @@ def segmented_lora(
         max_splits,
         table.out_features,
         table.capacity,
-        BLOCK_G=block_g,
         BLOCK_M=block_m,
         BLOCK_R=min(R_STEP_BYTES // x.element_size(), table.slice_capacity),
         BLOCK_N=BLOCK_N,
@@ -322,7 +343,6 @@ def segmented_lora(
             y,
             *where,
             table.out_features,
-            BLOCK_G=block_g,
             BLOCK_M=block_m,
             BLOCK_N=SCALED_BLOCK_N,
             num_warps=num_warps,

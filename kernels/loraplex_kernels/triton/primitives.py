@@ -11,6 +11,7 @@ import triton.language as tl
 
 LEAST_STEP = tl.constexpr(16)  # what tensor cores multiply at a time
 PROGRAMS_EACH = 2  # of a multiprocessor, where a constant number of programs share out what there is to do
+RANGES_AT_ONCE = tl.constexpr(256)  # that such a program counts: more would not fit into registers
 
 # The interpreter (TRITON_INTERPRET=1) multiplies bfloat16 tiles as if they were integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -50,18 +51,10 @@ def locate_tile(
 
 @triton.jit
 def locate_work(through: tl.tensor, work: tl.tensor) -> tl.tensor:
-    """The range that a piece of work belongs to, and its number in there, when the pieces of all ranges are numbered in
-    a row and through[g] of them belong to ranges up to g.  through: int32 [G], of which the last count all"""
+    """The range that a piece of work belongs to, and its number in there, when the pieces of some ranges are numbered
+    in a row and through[g] of them belong to ranges up to g.  through: int32 [G], of which the last count all"""
     before = through <= work
     return tl.sum(before.to(tl.int32), axis=0), work - tl.max(tl.where(before, through, 0), axis=0)
-
-
-def room_for_ranges(count: int) -> int:
-    """How many ranges a program that looks at all of them takes at once. Few values: each is a kernel to compile."""
-    room = 64
-    while room < count:
-        room *= 8
-    return room
 
 
 @triton.jit

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from loraplex_adapters.runtime.layer import LoRALinear
 from loraplex_engine.execution.cuda_graph import DecodeInputs, batch_sizes, decode_graphs, reserve_adapters
@@ -19,7 +21,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BLOCK_SIZE, MAX_MODEL_LEN, MAX_NUM_SEQS, NUM_BLOCKS = 4, 32, 8, 12
+BLOCK_SIZE, MAX_MODEL_LEN, MAX_NUM_SEQS, NUM_BLOCKS = 4, 600, 8, 100
+LONG = 300  # keys: more than one program attends to alone
 
 
 @pytest.mark.parametrize("largest", [1, 5, 8, 100, 256])
@@ -42,17 +45,20 @@ def ops():
 def model(ops, tmp_path_factory: pytest.TempPathFactory):
     folder: Path = tmp_path_factory.mktemp("llama")
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = transformers.LlamaConfig(**shape, vocab_size=40, num_hidden_layers=2, max_position_embeddings=64)
+    config = transformers.LlamaConfig(
+        **shape, vocab_size=40, num_hidden_layers=2, max_position_embeddings=MAX_MODEL_LEN
+    )
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     loaded = load_model(EngineConfig(model=str(folder), dtype="float32", max_resident_adapters=2), folder, ops)
     generator = torch.Generator().manual_seed(1)
-    for site in loaded.lora_sites().values():
+    for name, site in loaded.lora_sites().items():
         if not isinstance(site, LoRALinear):
             continue
         a = torch.randn(3, site.in_features, generator=generator)
         b = torch.randn(site.out_features, 3, generator=generator)
-        site.table.put(1, ops.pack_lora(LoraWeights(a, (LoraSlice(0, 0, b),))))
+        affine = torch.rand(2, site.out_features, generator=generator) if name == "layers.0.qkv" else None
+        site.table.put(1, ops.pack_lora(LoraWeights(a, (LoraSlice(0, 0, b),), affine)))
     return loaded
 
 
@@ -63,7 +69,8 @@ def tensor(values, dtype=torch.int32):
 def batch_of(lens, ranges):
     """One new token for each sequence of up to so many tokens. Their blocks follow each other."""
     blocks = itertools.count(1)
-    tables = [[next(blocks) if place * BLOCK_SIZE < n else 0 for place in range(3)] for n in lens]
+    places = range(-(-max(lens) // BLOCK_SIZE))
+    tables = [[next(blocks) if place * BLOCK_SIZE < n else 0 for place in places] for n in lens]
     slots = [tables[s][(n - 1) // BLOCK_SIZE] * BLOCK_SIZE + (n - 1) % BLOCK_SIZE for s, n in enumerate(lens)]
     count = len(lens)
     return StepBatch(
@@ -78,8 +85,8 @@ def batch_of(lens, ranges):
 
 
 def decode_batch(with_adapters):
-    """Three sequences with 5, 1 and 9 tokens, the last two of the adapter in slot 1."""
-    return batch_of([5, 1, 9], ((1, 1, 3),) if with_adapters else ())
+    """Three sequences, the last two of the adapter in slot 1."""
+    return batch_of([5, 1, LONG], ((1, 1, 3),) if with_adapters else ())
 
 
 @torch.inference_mode()
@@ -119,26 +126,81 @@ def test_adapters_within_what_was_reserved_change_no_graph(ops, model):
     table.remove(0)
 
 
+class Recording(TorchDispatchMode):
+    """What a step launches and has torch do, in order, and with what. Of kernels no more than that they are launched.
+
+    A tensor that the step makes is known by its number, as a graph has a place of its own for it. Any other is known by
+    its address, where a graph would read it again.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        self._made = {}  # the number of each, by its address
+        self._kept = []  # so that no address is taken twice
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.note(str(function), (args, kwargs))
+        given = {address(each) for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)}
+        for each in tree_leaves(result):
+            if isinstance(each, torch.Tensor) and address(each) not in given:
+                self._made[address(each)] = len(self._made)
+                self._kept.append(each)
+        return result
+
+    def note(self, name, args):
+        self.calls.append((name, [self._place(x) if isinstance(x, torch.Tensor) else x for x in tree_leaves(args)]))
+
+    def _place(self, tensor):
+        place = self._made.get(address(tensor))
+        where = ("held", tensor.data_ptr()) if place is None else ("made", place, tensor.storage_offset())
+        return where, tensor.shape, tensor.stride(), tensor.dtype
+
+
+def address(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+@pytest.fixture
+def recorded(model, monkeypatch):
+    """Records the step of a batch that was brought into these inputs: recorded(inputs, cache, lengths, ranges)"""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def step(inputs, cache, lengths, ranges):
+        def note(executor, *args, **kwargs):
+            recording.note(executor.fn.__name__, (executor.grid, args, kwargs))
+
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", note)
+        inputs.fill(batch_of(lengths, ranges), 6)
+        with Recording() as recording:
+            model.forward(inputs.batch(6, True), cache)
+        return recording.calls
+
+    return step
+
+
+BATCHES = ([5, 1, 9], ((1, 1, 3),)), ([1, 12, 2, 1, LONG, 3], ((0, 0, 2), (1, 2, 3), (0, 4, 6)))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's launches are recorded")
 @torch.inference_mode()
-def test_launches_are_the_same_for_any_batch_of_a_captured_size(ops, model, monkeypatch):
+def test_a_step_does_the_same_with_any_batch_of_a_captured_size(ops, model, recorded):
     """A graph repeats grids and arguments as they were captured, whoever is in the batch that it is replayed for."""
-    interpreter, launches = pytest.importorskip("triton.runtime.interpreter"), []
-    launch = interpreter.GridExecutor.__call__
-
-    def record(executor, *args, **kwargs):
-        values = [value.shape if isinstance(value, torch.Tensor) else value for value in (*args, *kwargs.values())]
-        launches.append((executor.fn.__name__, executor.grid, values))
-        launch(executor, *args, **kwargs)
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", record)
     inputs = DecodeInputs(MAX_NUM_SEQS, MAX_MODEL_LEN, BLOCK_SIZE, DEVICE)
     cache = create_kv_cache(model.config, ops, NUM_BLOCKS, BLOCK_SIZE, torch.float32)
-    recorded = []
-    for lengths, ranges in (([5, 1, 9], ((1, 1, 3),)), ([1, 12, 2, 1, 7, 3], ((0, 0, 2), (1, 2, 3), (0, 4, 6)))):
-        inputs.fill(batch_of(lengths, ranges), 6)
-        model.forward(inputs.batch(6, True), cache)
-        recorded.append(launches[:])
-        launches.clear()
-    assert {"_decode", "_shrink", "_expand"} <= {name for name, _, _ in recorded[0]}
-    assert recorded[0] == recorded[1]
+    one, other = (recorded(inputs, cache, *batch) for batch in BATCHES)
+    assert {"_decode", "_combine", "_shrink", "_expand", "_scale"} <= {name for name, _ in one}
+    assert one == other
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's launches are recorded")
+@pytest.mark.parametrize("moved", ["seq_lens", "block_tables", "segments", "token_ids"])
+@torch.inference_mode()
+def test_a_tensor_of_a_captured_step_that_moves_is_noticed(ops, model, recorded, moved):
+    inputs = DecodeInputs(MAX_NUM_SEQS, MAX_MODEL_LEN, BLOCK_SIZE, DEVICE)
+    cache = create_kv_cache(model.config, ops, NUM_BLOCKS, BLOCK_SIZE, torch.float32)
+    one = recorded(inputs, cache, *BATCHES[0])
+    before = getattr(inputs, moved)
+    setattr(inputs, moved, before.clone())
+    assert recorded(inputs, cache, *BATCHES[0]) != one
