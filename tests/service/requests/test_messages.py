@@ -224,6 +224,24 @@ async def test_each_output_goes_on_with_the_call_that_the_message_has_begun(tool
     assert (calls, [output.text for output in outputs]) == ([3, 4], ["", ""])
 
 
+async def test_calls_that_are_required_of_a_search_are_read_from_each_output(tools: DataPlane) -> None:
+    required = chat(tool_choice={"mode": TOOL_MODE_REQUIRED})
+    says(tools, CALL, f"-{CALL}")
+    await tools.generate(spec(required))
+    search: dict[str, Any] = {"beam_search": {"num_beams": 2}, "sampling": {"n": 2}}
+    best, second = (await tools.generate(spec(required, **search))).outputs
+    alone, searched = tools.engine.requests
+    assert searched.beams is not None
+    assert searched.grammar == alone.grammar != ""
+    assert (best.text, called(best), best.finished.reason) == (
+        "-",
+        [("weather", {"days": 3})],
+        FINISH_REASON_TOOL_CALLS,
+    )
+    assert (second.text, called(second)) == ("", [("weather", {"days": 3})])  # without the first token of the best
+    assert [output.finished.score for output in (best, second)] == [0.0, -1.0]
+
+
 async def test_what_is_not_to_be_read_is_text(tools: DataPlane) -> None:
     text = f"<think>a</think> {CALL}"
     assert (await answer(tools, text, output={"parse_message": False})).text == text
