@@ -44,6 +44,7 @@ check: $(VENV)/.installed-dev  ## lint, format, types, layers, contract, generat
 	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/mypy
 	$(BIN)/mypy tests benchmarks
+	$(BIN)/mypy kernels/*.py client/*.py docs/*.py examples/python/*.py
 	$(BIN)/lint-imports
 	$(BIN)/python client/generate.py check
 	proto/stubs.sh check

@@ -109,16 +109,8 @@ def main() -> None:
     stage_folder = ROOT / "build" / "pages"
     shutil.rmtree(stage_folder, ignore_errors=True)
     stage(stage_folder)
-    command = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "--quiet",
-        "--config-file",
-        ROOT / "docs/mkdocs.yml",
-    ]
+    configuration = str(ROOT / "docs/mkdocs.yml")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", configuration]
     sys.exit(subprocess.run(command, check=False).returncode)
 
 

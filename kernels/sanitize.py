@@ -37,7 +37,7 @@ def main() -> int:
     options = ["-x", "--capture=no", "-p", "no:faulthandler", "--hypothesis-profile=ci"]
     # All tests of kernels but those of Triton's, so that none is forgotten. One that takes minutes runs this file.
     options += ["-k", "not triton", "-m", "not long"]
-    command = [sys.executable, "-m", "pytest", *options, TESTS]
+    command = [sys.executable, "-m", "pytest", *options, str(TESTS)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment()).returncode
 
 
