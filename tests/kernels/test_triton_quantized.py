@@ -139,14 +139,14 @@ def test_linear_split_over_the_inputs(monkeypatch, splits, weight, biased):
         return chosen[-1]
 
     monkeypatch.setattr(quantized, "_choose_splits", noted)
+    monkeypatch.setattr(OPS, "_num_multiprocessors", 8)  # from which the choice follows
     make = Make()
     weight = weight(make)
     bias = make.x(1, len(weight.codes), torch.float16)[0] if biased else None
     x = make.x(2, weight.codes.shape[1], torch.float16)
     actual, expected = (ops.linear(x, ops.pack_quantized(weight, bias, x.dtype)) for ops in (OPS, REFERENCE))
     torch.testing.assert_close(actual, expected, **TOLERANCE[x.dtype])
-    if DEVICE.type == "cpu":  # the choice follows from the number of multiprocessors
-        assert chosen == [splits]
+    assert chosen == [splits]
 
 
 def test_scales_and_zeros_take_the_least_room_that_holds_them():

@@ -49,7 +49,7 @@ from loraplex_kernels.triton.norm import norm
 from loraplex_kernels.triton.quantized import TritonQuantizedLinear, quantized_linear
 from loraplex_kernels.triton.rotary import rotary_store_kv
 
-INTERPRETED_MULTIPROCESSORS = 8
+INTERPRETED_MULTIPROCESSORS = 3  # few: a program costs the interpreter more than what it computes
 
 
 class TritonOps(TorchSampling):  # of it, the likelihoods: torch finds the largest without a wait
