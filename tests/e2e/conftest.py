@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from loraplex import AsyncAdminClient, AsyncClient
+from loraplex import AsyncAdminClient, AsyncClient, Client
 
 DEMO = Path(__file__).resolve().parents[2] / "demo/loraplex_demo"
 LORAPLEX = Path(sys.executable).with_name("loraplex")
@@ -49,6 +49,12 @@ class Server:
         """Every process that the service has started: its pid and its command line."""
         pids = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return [(int(pid), Path(f"/proc/{pid}/cmdline").read_text().split("\0")) for pid in pids]
+
+    def wait_until_serving(self, *models: str) -> None:
+        """Until these models are loaded: it listens before."""
+        with Client(self.data) as client:
+            for model in models:
+                client.wait_until_serving(f"models/{model}", timeout=START_SECONDS)
 
     def terminate(self) -> int:
         """SIGTERM, and the exit status."""

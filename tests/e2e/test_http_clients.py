@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.docs.pages import blocks
-from tests.e2e.conftest import DEMO, Server, running_server
+from tests.e2e.conftest import DEMO, MODELS, Server, running_server
 from tests.service.http.clients.environments import environment, needs_uvicorn
 
 pytestmark = [pytest.mark.long, needs_uvicorn]
@@ -104,6 +104,7 @@ metric_list: [{metric: acc}]
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with running_server(tmp_path_factory.mktemp("server"), http_listen="127.0.0.1:0") as server:
+        server.wait_until_serving(*MODELS)
         yield server
 
 

@@ -29,6 +29,7 @@ async def test_no_process_of_the_service_has_its_secrets(tmp_path: Path, monkeyp
     monkeypatch.setenv("DATABASE_URL", f"postgresql://me:{SECRET}@db/loraplex")
     model = {"name": "storyteller", "model": str(DEMO / "models" / "storyteller"), "kv_cache_bytes": 16 << 20}
     with running_server(tmp_path, models=[model], adapters=[], http_listen="127.0.0.1:0") as server:
+        server.wait_until_serving("storyteller")
         async with AsyncClient(server.data) as client:
             chat = [{"role": "user", "content": "Hello"}]  # whose template a process of its own renders
             await client.generate("storyteller", chat, max_tokens=1)

@@ -10,7 +10,7 @@ import peft
 import pytest
 
 from tests.docs.pages import ROOT, blocks
-from tests.e2e.conftest import DEMO, Server, running_server
+from tests.e2e.conftest import DEMO, MODELS, Server, running_server
 from tests.service.http.clients.environments import environment, needs_uvicorn
 
 pytestmark = [pytest.mark.long, needs_uvicorn]
@@ -68,6 +68,7 @@ for push in (lambda: client.init_communicator("cpu"), client._start_weight_updat
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with running_server(tmp_path_factory.mktemp("server"), http_listen="127.0.0.1:0") as server:
+        server.wait_until_serving(*MODELS)
         yield server
 
 
