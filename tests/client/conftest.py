@@ -24,6 +24,7 @@ from loraplex.v1 import (
     tokenizer_pb2,
     tokenizer_pb2_grpc,
 )
+from tests.waits import MOST_SECONDS
 
 Context = Any  # grpc.aio.ServicerContext of whichever request and response
 
@@ -223,11 +224,11 @@ def adapter_directory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def client(server: FakeServer) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(server.address, timeout=20) as client:
+    async with AsyncClient(server.address, timeout=MOST_SECONDS) as client:
         yield client
 
 
 @pytest.fixture
 async def admin(server: FakeServer) -> AsyncIterator[AsyncAdminClient]:
-    async with AsyncAdminClient(server.address, timeout=20) as admin:
+    async with AsyncAdminClient(server.address, timeout=MOST_SECONDS) as admin:
         yield admin

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 
 import loraplex
 from loraplex import AsyncAdminClient, AsyncClient, generate_spec
+from tests.waits import MOST_SECONDS
 
 if TYPE_CHECKING:
     from tests.client.conftest import FakeServer
@@ -22,7 +23,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 async def seen(event: asyncio.Event) -> None:
     """Wait for what must happen; the limit only ends a test that fails."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(MOST_SECONDS):
         await event.wait()
 
 
@@ -332,7 +333,7 @@ async def test_health(server: "FakeServer", client: AsyncClient) -> None:
 
 async def test_waiting_until_a_model_is_serving(server: "FakeServer", client: AsyncClient) -> None:
     await server.health.set("models/demo", NOT_SERVING)
-    waiting = asyncio.create_task(client.wait_until_serving("models/demo", timeout=10))
+    waiting = asyncio.create_task(client.wait_until_serving("models/demo", timeout=MOST_SECONDS))
     await asyncio.sleep(0)
     assert not waiting.done()
     await server.health.set("models/demo", SERVING)

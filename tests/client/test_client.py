@@ -10,6 +10,7 @@ from google.rpc import code_pb2
 
 import loraplex
 from loraplex import AdminClient, Client, generate_spec
+from tests.waits import MOST_SECONDS
 
 if TYPE_CHECKING:
     from tests.client.conftest import FakeServer
@@ -22,13 +23,13 @@ async def in_thread(work: Callable[[], None]) -> None:
 
 async def seen(event: asyncio.Event) -> None:
     """Wait for what must happen; the limit only ends a test that fails."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(MOST_SECONDS):
         await event.wait()
 
 
 async def test_generate_round_trip(server: "FakeServer") -> None:
     def work() -> None:
-        with Client(server.address, token="secret", timeout=20) as client:
+        with Client(server.address, token="secret", timeout=MOST_SECONDS) as client:
             assert client.generate("demo", "Once upon", temperature=0).outputs[0].text == "Once upon"
 
     await in_thread(work)
@@ -38,7 +39,7 @@ async def test_generate_round_trip(server: "FakeServer") -> None:
 
 async def test_a_stream_gives_its_events_in_order(server: "FakeServer") -> None:
     def work() -> None:
-        with Client(server.address, timeout=20) as client:
+        with Client(server.address, timeout=MOST_SECONDS) as client:
             stream = client.stream_generate("demo", "Once upon")
             events = [message.WhichOneof("event") for message in stream]
             assert events == ["started", "delta", "delta", "finished", "completed"]
@@ -52,7 +53,7 @@ async def test_a_stream_gives_its_events_in_order(server: "FakeServer") -> None:
 
 async def test_text_and_collect(server: "FakeServer") -> None:
     def work() -> None:
-        with Client(server.address, timeout=20) as client:
+        with Client(server.address, timeout=MOST_SECONDS) as client:
             assert list(client.stream_generate("demo", "Once upon").text()) == ["Once ", "upon "]
             answer = client.stream_generate("demo", "Once upon").collect()
             assert (answer.outputs[0].text, answer.seed) == ("Once upon ", 7)
@@ -108,7 +109,7 @@ LEAVING = [leave_by_break, leave_the_text_by_break, leave_by_exception, leave_th
 
 @pytest.mark.parametrize("leave", LEAVING)
 async def test_leaving_a_stream_cancels_it(server: "FakeServer", leave: Callable[[Client], None]) -> None:
-    client = Client(server.address, timeout=20)
+    client = Client(server.address, timeout=MOST_SECONDS)
     await in_thread(lambda: leave(client))
     await seen(server.inference.cancelled)  # while the client is open: closing it would cancel too
     client.close()
@@ -116,7 +117,7 @@ async def test_leaving_a_stream_cancels_it(server: "FakeServer", leave: Callable
 
 async def test_closing_the_client_cancels(server: "FakeServer") -> None:
     def work() -> None:
-        client = Client(server.address, timeout=20)
+        client = Client(server.address, timeout=MOST_SECONDS)
         stream = client.stream_generate("demo", "endless")
         next(stream)
         client.close()
@@ -129,7 +130,10 @@ async def test_closing_the_client_cancels(server: "FakeServer") -> None:
 
 async def test_reading_one_message_leaves_the_call_running(server: "FakeServer") -> None:
     def work() -> None:
-        with Client(server.address, timeout=20) as client, client.stream_generate("demo", "endless") as stream:
+        with (
+            Client(server.address, timeout=MOST_SECONDS) as client,
+            client.stream_generate("demo", "endless") as stream,
+        ):
             for _ in range(20):
                 next(stream)
             assert not server.inference.cancelled.is_set()
@@ -139,7 +143,7 @@ async def test_reading_one_message_leaves_the_call_running(server: "FakeServer")
 
 async def test_failures(server: "FakeServer") -> None:
     def work() -> None:
-        with Client(server.address, timeout=20) as client:
+        with Client(server.address, timeout=MOST_SECONDS) as client:
             with pytest.raises(loraplex.Unavailable, match="the engine ended") as raised:
                 client.stream_generate("demo", "fail").collect()
             assert raised.value.partial_usage is not None
@@ -155,7 +159,7 @@ async def test_unavailable_is_tried_three_times(server: "FakeServer") -> None:
     server.inference.fail_next(code_pb2.UNAVAILABLE, times=3)
 
     def work() -> None:
-        with Client(server.address, timeout=20) as client:
+        with Client(server.address, timeout=MOST_SECONDS) as client:
             with pytest.raises(loraplex.Unavailable):
                 client.generate("demo", "Once")
             assert client.generate("demo", "Once").outputs[0].text == "Once"
@@ -166,7 +170,7 @@ async def test_unavailable_is_tried_three_times(server: "FakeServer") -> None:
 
 async def test_admin(server: "FakeServer", adapter_directory: str) -> None:
     def work() -> None:
-        with AdminClient(server.address, timeout=20) as admin:
+        with AdminClient(server.address, timeout=MOST_SECONDS) as admin:
             assert len(admin.list_models()) == 5
             assert admin.load_model("demo").name == "models/demo"
             adapter = admin.upload_adapter("legal", base_model="demo", directory=adapter_directory, tenant="acme")
@@ -175,7 +179,7 @@ async def test_admin(server: "FakeServer", adapter_directory: str) -> None:
             for message in admin.watch_models():
                 assert message.model.name == "models/m0"
                 break
-            admin.wait_until_serving(timeout=10)
+            admin.wait_until_serving(timeout=MOST_SECONDS)
             assert admin.is_serving()
 
     await in_thread(work)

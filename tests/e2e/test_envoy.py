@@ -32,6 +32,7 @@ from tests.service.ports.http2_caller import (
     frame,
     message,
 )
+from tests.waits import MOST_SECONDS
 
 CHART = Path(__file__).resolve().parents[2] / "helm" / "loraplex"
 ADAPTERS = [f"tenant-{index:02d}" for index in range(20)]
@@ -87,7 +88,7 @@ class Envoy:
         self._admin = f"http://127.0.0.1:{admin_port}"
 
     def _hosts(self) -> list[dict[str, Any]]:
-        with urllib.request.urlopen(f"{self._admin}/clusters?format=json", timeout=10) as response:
+        with urllib.request.urlopen(f"{self._admin}/clusters?format=json", timeout=MOST_SECONDS) as response:
             [cluster] = [each for each in json.load(response)["cluster_statuses"] if each["name"] == "replicas"]
         hosts: list[dict[str, Any]] = cluster.get("host_statuses", [])
         return hosts

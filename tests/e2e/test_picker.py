@@ -19,6 +19,7 @@ import pytest
 from loraplex import AsyncClient
 from tests.e2e.conftest import DEMO, END_SECONDS, LORAPLEX, START_SECONDS, Server, running_server
 from tests.e2e.test_envoy import Envoy, file_of_chart, free_ports, running_envoy
+from tests.waits import MOST_SECONDS
 
 pytestmark = pytest.mark.long
 
@@ -63,13 +64,13 @@ class Picker:
     metrics: str
 
     def picks(self) -> dict[str, int]:
-        with urllib.request.urlopen(self.metrics, timeout=10) as response:
+        with urllib.request.urlopen(self.metrics, timeout=MOST_SECONDS) as response:
             page = response.read().decode()
         return {place: int(float(n)) for place, n in re.findall(r'picks_total\{place="(\w+)"\} (\S+)', page)}
 
     async def until_it_knows(self, count: int) -> None:
         def serving() -> int:
-            with urllib.request.urlopen(self.metrics, timeout=10) as response:
+            with urllib.request.urlopen(self.metrics, timeout=MOST_SECONDS) as response:
                 found = re.search(r'replicas\{health="serving"\} (\S+)', response.read().decode())
             return int(float(found[1])) if found else 0
 

@@ -7,6 +7,7 @@ import pytest
 
 from loraplex import AsyncAdminClient, AsyncClient, InvalidArgument, Unsupported
 from tests.e2e.conftest import HEADS
+from tests.waits import MOST_SECONDS
 
 TEXTS = ["A fox ran by.", "A small fox.", "x" * 300]
 
@@ -42,7 +43,7 @@ async def test_more_dimensions_than_there_are_are_refused(client: AsyncClient) -
 
 async def test_heads_classify_and_rerank_beside_generations(client: AsyncClient, admin: AsyncAdminClient) -> None:
     for name in HEADS:
-        await admin.create_adapter(name, base_model="storyteller", source=name, wait=60)
+        await admin.create_adapter(name, base_model="storyteller", source=name, wait=MOST_SECONDS)
     tagged, judged, ranked, generated = await asyncio.gather(
         client.classify("entities", TEXTS),
         client.classify("judge", [f"fox\n{text}" for text in TEXTS]),

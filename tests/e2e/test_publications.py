@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from loraplex import AsyncAdminClient, AsyncClient, NotFound
 from loraplex.v1.inference_pb2 import GenerateResponse
 from tests.e2e.conftest import DEMO
+from tests.waits import MOST_SECONDS
 
 PUBLICATIONS, LIVE = 100, 4
 PROMPT = "Once upon a time there was a fox who"
@@ -38,7 +39,7 @@ async def test_a_hundred_publications_in_a_row_are_each_served_as_they_are(
         for name, tensor in tensors.items():
             tensors[name] = tensor + 0.01 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
         save_file(tensors, directory / "adapter_model.safetensors")
-        made = await admin.upload_adapter("student", base_model="storyteller", directory=directory, wait=60.0)
+        made = await admin.upload_adapter("student", base_model="storyteller", directory=directory, wait=MOST_SECONDS)
         answer = await ask("student")
         assert answer.target.adapter_version == made.version
         assert drawn(answer) not in said.values(), "it has what another version says"
@@ -46,7 +47,7 @@ async def test_a_hundred_publications_in_a_row_are_each_served_as_they_are(
         if len(said) > LIVE:
             oldest = next(iter(said))
             del said[oldest]
-            await admin.delete_adapter(oldest, wait=60.0)
+            await admin.delete_adapter(oldest, wait=MOST_SECONDS)
             with pytest.raises(NotFound):
                 await ask(oldest)
         for version, before in said.items():
@@ -57,4 +58,4 @@ async def test_a_hundred_publications_in_a_row_are_each_served_as_they_are(
             assert (token, logprob) == (cached, pytest.approx(expected, abs=1e-4))
     versions = await admin.list_adapters(include_versions=True)
     assert {each.version for each in versions if each.name.endswith("/student")} == said.keys()
-    await admin.delete_adapter("student", wait=60.0)
+    await admin.delete_adapter("student", wait=MOST_SECONDS)

@@ -18,6 +18,7 @@ from loraplex import (
 from loraplex.v1.adapters_pb2 import Adapter
 from loraplex.v1.inference_pb2 import GenerateResponse
 from tests.e2e.conftest import DEMO, END_SECONDS, LORAPLEX, MODELS, Server
+from tests.waits import MOST_SECONDS
 
 TARGETS = [*MODELS, *(adapter for adapters in MODELS.values() for adapter in adapters)]
 PROMPTS = ["Tell me a story about a fox.", "What is two plus three?", "Once upon a time", "Who are you?", "The sea"]
@@ -151,7 +152,7 @@ async def test_an_adapter_is_swapped_and_removed_while_it_is_used(
 
     async def register(source: str) -> Adapter:
         shutil.copytree(DEMO / "adapters" / source, own_adapter, dirs_exist_ok=True)
-        return await admin.create_adapter("own", base_model="storyteller", source="own", wait=20)
+        return await admin.create_adapter("own", base_model="storyteller", source="own", wait=MOST_SECONDS)
 
     first = await register("pirate")
     assert first.state == Adapter.STATE_ACTIVE, first.error.message

@@ -25,6 +25,7 @@ from loraplex.prompts import build_prompt
 from loraplex.v1.adapters_pb2 import Adapter
 from loraplex.v1.generation_pb2 import Constraint
 from tests.e2e.conftest import DEMO, Server
+from tests.waits import MOST_SECONDS
 
 LISTENING = "0A"  # in /proc/net/tcp
 
@@ -204,12 +205,12 @@ async def test_pickled_weights_are_never_opened(admin: AsyncAdminClient, own_ada
 async def refused_adapter(admin: AsyncAdminClient) -> None:
     """An adapter that is refused at once, or registered as FAILED: nobody can use it, and it says why."""
     try:
-        adapter = await admin.create_adapter("own", base_model="storyteller", source="own", wait=30)
+        adapter = await admin.create_adapter("own", base_model="storyteller", source="own", wait=MOST_SECONDS)
     except (FailedPrecondition, InvalidArgument):
         return
     assert adapter.state == Adapter.STATE_FAILED
     assert adapter.error.message
-    await admin.delete_adapter("own", wait=10)
+    await admin.delete_adapter("own", wait=MOST_SECONDS)
 
 
 def resident_bytes(pid: int) -> int:
@@ -329,9 +330,9 @@ async def test_floods_of_metadata_and_of_bytes_are_refused(server: Server, clien
     many = {f"x-flood-{number}": "x" * 100 for number in range(1000)}
     for metadata in ({"x-flood": "x" * (64 << 10)}, many):
         with pytest.raises(ResourceExhausted):
-            await client.generate("storyteller", "A fox", max_tokens=1, metadata=metadata, timeout=20)
+            await client.generate("storyteller", "A fox", max_tokens=1, metadata=metadata, timeout=MOST_SECONDS)
     with pytest.raises(ResourceExhausted):
-        await client.generate("storyteller", "x" * (33 << 20), max_tokens=1, timeout=20)
+        await client.generate("storyteller", "x" * (33 << 20), max_tokens=1, timeout=MOST_SECONDS)
 
 
 async def test_a_port_that_is_spoken_to_in_another_language_goes_on(server: Server) -> None:

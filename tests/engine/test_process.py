@@ -45,6 +45,7 @@ from loraplex_engine.link.messages import (
 )
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
 from loraplex_engine.process import WAITS_SECONDS, Core, SentReport, run_engine
+from tests.waits import MOST_SECONDS
 
 KEY = AdapterKey("shared/pirate", "ab" * 32)
 LIMITS = EngineLimits("Fake", "float32", "", 100, 64, 8, 4, 10, 16, 1000, 2000, "fake", Device("cpu", "fake", 1))
@@ -176,7 +177,7 @@ class Engine:
         self.status = run_engine(load, self._bus)
 
     def join(self) -> int | None:
-        self._thread.join(20)
+        self._thread.join(MOST_SECONDS)
         self._bus.close()
         return self.status
 
@@ -396,7 +397,7 @@ def test_the_process_ends_when_its_stdin_does(peer: Peer, address: str) -> None:
         assert process.stdin is not None
         process.stdin.write(b"{}\n")
         process.stdin.close()
-        assert process.wait(20) != 0
+        assert process.wait(MOST_SECONDS) != 0
 
 
 def test_the_thread_limit_reaches_the_libraries() -> None:

@@ -35,6 +35,7 @@ from loraplex_engine.link.messages import (
 )
 from loraplex_engine.link.pooling import ClassifierFacts, PoolingMethod
 from loraplex_engine.link.sampling_params import FinishReason, SamplingParams
+from tests.waits import MOST_SECONDS
 
 LIMITS = EngineLimits(
     architecture="FakeForCausalLM",
@@ -119,8 +120,8 @@ class FakeEngine:
         self._waiting_wishes.clear()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until a condition on the engine holds, at most a few seconds."""
-        async with asyncio.timeout(10):
+        """Wait until a condition on the engine holds."""
+        async with asyncio.timeout(MOST_SECONDS):
             while not condition():  # noqa: ASYNC110 - there is no one event for all conditions
                 await asyncio.sleep(0)
 

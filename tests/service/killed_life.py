@@ -58,6 +58,7 @@ from loraplex_service.state import State, StateFile
 from loraplex_service.telemetry.series import Histogram
 from loraplex_service.text import TemplateRenderer, Tokenizer
 from tests.service.fake_engine import LIMITS, FakeEngine
+from tests.waits import MOST_SECONDS
 
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 CONTEXT = cast(Any, None)  # the services look at none
@@ -259,7 +260,7 @@ class Life:
         return [*adapters, *routes]
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(MOST_SECONDS):
             while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0.0005)
 

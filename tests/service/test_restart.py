@@ -17,6 +17,7 @@ from loraplex_service.adapters.config import AdapterConfig
 from loraplex_service.admission.tenants import TenantConfig
 from loraplex_service.state import FILE_NAME
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+from tests.waits import MOST_SECONDS
 
 Start = Callable[..., AbstractAsyncContextManager[ControlPlane]]
 
@@ -47,7 +48,7 @@ async def register(control: ControlPlane, seed: int = 0, adapter_id: str = "pira
         adapter_id,
         base_model="tiny",
         source=source,
-        wait=20.0,
+        wait=MOST_SECONDS,
         **options,  # type: ignore[arg-type]
     )
 
@@ -130,7 +131,7 @@ async def test_a_failed_adapter_is_tried_again(start: Start) -> None:
 async def test_an_uploaded_adapter_survives_without_its_origin(start: Start, tmp_path: Path) -> None:
     async with start() as control:
         origin = write_adapter(tmp_path / "elsewhere", seed=3)
-        uploaded = await control.admin.upload_adapter("mine", base_model="tiny", directory=origin, wait=20.0)
+        uploaded = await control.admin.upload_adapter("mine", base_model="tiny", directory=origin, wait=MOST_SECONDS)
         assert uploaded.state == Adapter.STATE_ACTIVE
         shutil.rmtree(origin)
     async with start() as control:
@@ -142,8 +143,8 @@ async def test_an_uploaded_adapter_survives_without_its_origin(start: Start, tmp
 async def test_what_was_deleted_stays_away(start: Start, tmp_path: Path) -> None:
     async with start() as control:
         origin = write_adapter(tmp_path / "elsewhere", seed=3)
-        await control.admin.upload_adapter("mine", base_model="tiny", directory=origin, wait=20.0)
-        await control.admin.delete_adapter("mine", wait=20.0)
+        await control.admin.upload_adapter("mine", base_model="tiny", directory=origin, wait=MOST_SECONDS)
+        await control.admin.delete_adapter("mine", wait=MOST_SECONDS)
     async with start() as control:
         assert await control.admin.list_adapters() == []
     assert list((tmp_path / "state" / "adapters" / "versions").iterdir()) == []
@@ -173,7 +174,7 @@ async def test_the_adapters_of_a_model_that_is_no_longer_configured_say_so(
         adapter = await control.admin.get_adapter("pirate")
         assert adapter.state == Adapter.STATE_FAILED
         assert "is not configured any more" in adapter.error.message
-        await control.admin.delete_adapter("pirate", wait=20.0)
+        await control.admin.delete_adapter("pirate", wait=MOST_SECONDS)
         assert await control.admin.list_adapters() == []
 
 
@@ -249,7 +250,7 @@ async def test_what_is_not_there_goes_when_its_files_are_registered(start: Start
 async def test_what_is_not_there_can_be_deleted(start: Start, tmp_path: Path) -> None:
     configured = (AdapterConfig(name="pirate", model="tiny", source=str(tmp_path / "roots" / "gone")),)
     async with start(configured) as control:
-        await control.admin.delete_adapter("pirate", wait=20.0)
+        await control.admin.delete_adapter("pirate", wait=MOST_SECONDS)
         assert await control.admin.list_adapters() == []
 
 
@@ -278,7 +279,7 @@ async def test_a_damaged_record_is_named_and_failed_and_keeps_nothing_else_down(
 async def test_the_files_of_an_adapter_whose_record_is_damaged_stay(start: Start, tmp_path: Path) -> None:
     async with start() as control:
         files = write_adapter(tmp_path / "files")
-        adapter = await control.admin.upload_adapter("pirate", base_model="tiny", directory=files, wait=20.0)
+        adapter = await control.admin.upload_adapter("pirate", base_model="tiny", directory=files, wait=MOST_SECONDS)
     change_records(tmp_path / "state", "x'00'")
     async with start():
         pass

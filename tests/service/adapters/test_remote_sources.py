@@ -19,6 +19,7 @@ from loraplex_adapters.files.trust import SIGNATURE_FILE, sign
 from loraplex_service.adapters.config import AdapterConfig
 from loraplex_service.admission.tenants import TenantConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+from tests.waits import MOST_SECONDS
 
 ALLOWED = ("s3://adapters/team/", "hf://acme/")
 COMMIT = "c" * 40
@@ -64,7 +65,9 @@ async def control(byte_tokenizer_directory: Path, tmp_path: Path, store_url: str
 
 
 async def create(control: ControlPlane, source: str, tenant: str = "shared") -> Adapter:
-    return await control.admin.create_adapter("mine", base_model="tiny", source=source, wait=20.0, tenant=tenant)
+    return await control.admin.create_adapter(
+        "mine", base_model="tiny", source=source, wait=MOST_SECONDS, tenant=tenant
+    )
 
 
 async def test_an_adapter_is_fetched_from_an_object_store(
@@ -205,4 +208,4 @@ async def test_a_tenant_with_keys_accepts_signed_adapters_alone(byte_tokenizer_d
         uploaded = write_adapter(tmp_path / "other", seed=3)
         (uploaded / SIGNATURE_FILE).write_bytes(sign(digest(uploaded), private))
         upload = control.admin.upload_adapter
-        assert (await upload("up", base_model="tiny", directory=uploaded, tenant="acme", wait=20.0)).rank == 4
+        assert (await upload("up", base_model="tiny", directory=uploaded, tenant="acme", wait=MOST_SECONDS)).rank == 4

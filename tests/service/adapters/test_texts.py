@@ -18,6 +18,7 @@ from loraplex_service.adapters.texts import AdapterTexts
 from loraplex_service.text import Tokenizer
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 from tests.service.scripted_engine import ScriptedCore
+from tests.waits import MOST_SECONDS
 
 TEMPLATE = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
 THINK = 258
@@ -40,7 +41,7 @@ async def padded(byte_tokenizer_directory: Path, tmp_path: Path) -> AsyncIterato
 
 
 async def create(control: ControlPlane, directory: Path, name: str = "mine") -> Adapter:
-    return await control.admin.create_adapter(name, base_model="tiny", source=str(directory), wait=20.0)
+    return await control.admin.create_adapter(name, base_model="tiny", source=str(directory), wait=MOST_SECONDS)
 
 
 async def test_its_own_tokens_are_read_and_written(padded: ControlPlane, tmp_path: Path) -> None:
@@ -69,9 +70,9 @@ async def test_its_own_template_is_rendered_and_the_base_s_for_the_base(padded: 
 
 async def test_an_uploaded_text_comes_along_and_makes_another_version(padded: ControlPlane, tmp_path: Path) -> None:
     files = write_adapter(tmp_path / "mine")
-    first = await padded.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=20.0)
+    first = await padded.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=MOST_SECONDS)
     write_text(files)
-    second = await padded.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=20.0)
+    second = await padded.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=MOST_SECONDS)
     assert first.version != second.version
     assert list((await padded.client.tokenize("mine", "<think>")).token_ids) == [THINK]
 

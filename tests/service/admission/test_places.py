@@ -4,6 +4,7 @@ import asyncio
 from contextlib import suppress
 
 from loraplex_service.admission.places import Refusals
+from tests.waits import MOST_SECONDS
 
 FOREVER = 3600.0
 
@@ -32,14 +33,14 @@ async def test_a_refusal_waits_for_those_before_it() -> None:
 
 async def test_each_refusal_has_its_turn() -> None:
     refusals = Refusals(pause_seconds=0)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         await asyncio.gather(*await waiting(refusals, 100))
 
 
 async def test_nobody_waits_where_too_many_do() -> None:
     refusals = Refusals(pause_seconds=FOREVER, most_waiting=1)
     [first] = await waiting(refusals, 1)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         await refusals.turn()
     assert not first.done()
     await leave(first)

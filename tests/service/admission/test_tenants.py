@@ -20,6 +20,7 @@ from loraplex_service.errors import QuotaExceeded
 from loraplex_service.text import Tokenizer
 from tests.service.control_plane import control_plane, write_adapter
 from tests.service.data_plane import DataPlane, data_plane, failure, make_spec
+from tests.waits import MOST_SECONDS
 
 
 class FakeClock:
@@ -212,7 +213,7 @@ async def test_a_tenant_has_no_more_adapters_than_it_may(
 
         async def create(number: int, tenant: str = "acme") -> None:
             await control.admin.create_adapter(
-                f"a{number}", base_model="tiny", source=f"a{number}", tenant=tenant, wait=10
+                f"a{number}", base_model="tiny", source=f"a{number}", tenant=tenant, wait=MOST_SECONDS
             )
 
         await create(0)
@@ -222,7 +223,7 @@ async def test_a_tenant_has_no_more_adapters_than_it_may(
         assert raised.value.reason == "TENANT_QUOTA"
         await create(1)  # it is there already
         await create(2, tenant="other")
-        await control.admin.delete_adapter("a0", tenant="acme", wait=10)
+        await control.admin.delete_adapter("a0", tenant="acme", wait=MOST_SECONDS)
         await create(2)
 
 
@@ -234,7 +235,7 @@ async def test_the_same_files_under_several_names_are_as_many_versions(
     async with control_plane(byte_tokenizer_directory, tmp_path, tenants=tenants) as control:
 
         async def create(name: str) -> None:
-            await control.admin.create_adapter(name, base_model="tiny", source="same", tenant="acme", wait=10)
+            await control.admin.create_adapter(name, base_model="tiny", source="same", tenant="acme", wait=MOST_SECONDS)
 
         await create("a")
         await create("b")
@@ -261,7 +262,7 @@ async def test_what_the_server_keeps_for_a_tenant_is_limited(byte_tokenizer_dire
     async with control_plane(byte_tokenizer_directory, tmp_path, tenants=tenants) as control:
         with pytest.raises(ResourceExhausted, match="bytes of routes and adapter records"):
             await control.admin.update_route(route_of("a", **labels), allow_missing=True)
-        await control.admin.create_adapter("a", base_model="tiny", source="a", tenant="acme", wait=10)
+        await control.admin.create_adapter("a", base_model="tiny", source="a", tenant="acme", wait=MOST_SECONDS)
         with pytest.raises(ResourceExhausted):
             await control.admin.update_adapter("a", labels=labels, tenant="acme")
         await control.admin.update_adapter("a", labels={"small": "enough"}, tenant="acme")

@@ -22,6 +22,7 @@ from loraplex_service.errors import Unauthenticated, Unavailable
 from tests.own_log import own_records
 from tests.service.auth.provider import Provider, public
 from tests.service.authority import Authority
+from tests.waits import MOST_SECONDS
 
 GENERATE = "/loraplex.v1.InferenceService/Generate"
 
@@ -285,7 +286,7 @@ async def test_many_callers_wait_for_one_fetch(provider: Provider, endpoint: End
 
     def slow() -> tuple[int, bytes]:
         asked.set()
-        go_on.wait(20)
+        go_on.wait(MOST_SECONDS)
         return 200, provider.file.read_bytes()
 
     endpoint.answer = slow

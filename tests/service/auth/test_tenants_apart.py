@@ -21,6 +21,7 @@ from loraplex_service.auth.principal import Role
 from loraplex_service.control.waiting import wait_until
 from loraplex_service.telemetry.config import UsageConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+from tests.waits import MOST_SECONDS
 
 ACMES = "tenants/acme/adapters/pirate"
 OF_TENANTS = {"acme": "pirate", "rival": "poet", "shared": "formal"}  # the adapter that each one has
@@ -155,8 +156,8 @@ async def test_who_watches_sees_changes_of_the_own_tenant_alone(house: House, tm
         seen = [(await anext(watch)).adapter.name for _ in range(2)]  # what there is, and the end of that
         assert seen == ["tenants/rival/adapters/poet", ""]
         await acme.update_adapter("pirate", tenant="acme", labels={"secret": "plan"})
-        await acme.upload_adapter("more", base_model="tiny", directory=files, tenant="acme", wait=20.0)
-        await acme.delete_adapter("more", tenant="acme", wait=20.0)
+        await acme.upload_adapter("more", base_model="tiny", directory=files, tenant="acme", wait=MOST_SECONDS)
+        await acme.delete_adapter("more", tenant="acme", wait=MOST_SECONDS)
         await rival.update_adapter("poet", tenant="rival", labels={"own": "label"})
         change = await anext(watch)
         assert (change.adapter.name, dict(change.adapter.labels)) == ("tenants/rival/adapters/poet", {"own": "label"})
@@ -261,10 +262,12 @@ async def test_the_same_files_are_two_adapters_and_deleting_one_leaves_the_other
     files = write_adapter(tmp_path / "same", seed=9)
     async with house.admin("acme") as acme, house.admin("rival") as rival, house.client("rival") as caller:
         for admin, tenant in ((acme, "acme"), (rival, "rival")):
-            made = await admin.upload_adapter("same", base_model="tiny", directory=files, tenant=tenant, wait=20.0)
+            made = await admin.upload_adapter(
+                "same", base_model="tiny", directory=files, tenant=tenant, wait=MOST_SECONDS
+            )
             assert made.version.startswith(f"tenants/{tenant}/adapters/same@")
-        await acme.delete_adapter("same", tenant="acme", wait=20.0)
-        await rival.unload_adapter("same", tenant="rival", wait=20.0)  # it is read from its files again
+        await acme.delete_adapter("same", tenant="acme", wait=MOST_SECONDS)
+        await rival.unload_adapter("same", tenant="rival", wait=MOST_SECONDS)  # it is read from its files again
         assert (await caller.generate("same", "abc", max_tokens=1)).target.adapter_version == made.version
 
 
@@ -274,7 +277,12 @@ async def test_the_request_id_of_another_tenant_gets_nothing_of_its_answer(house
         made = await asyncio.gather(
             *(
                 admin.upload_adapter(
-                    "once", base_model="tiny", directory=files, tenant=tenant, request_id=request_id, wait=20.0
+                    "once",
+                    base_model="tiny",
+                    directory=files,
+                    tenant=tenant,
+                    request_id=request_id,
+                    wait=MOST_SECONDS,
                 )
                 for admin, tenant in ((acme, "acme"), (rival, "rival"))
             )

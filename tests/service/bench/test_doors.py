@@ -9,6 +9,7 @@ import pytest
 from loraplex_service.bench import doors
 from loraplex_service.bench.doors import HttpStreams
 from loraplex_service.bench.loops import RequestError
+from tests.waits import MOST_SECONDS
 
 Answer = Callable[[asyncio.StreamWriter], None]
 
@@ -53,7 +54,7 @@ def line(writer: asyncio.StreamWriter) -> None:
     ],
 )
 async def test_an_answer_without_end_ends(write: Answer, seconds: float | None, problem: str) -> None:
-    async with answering(write) as port, asyncio.timeout(20):
+    async with answering(write) as port, asyncio.timeout(MOST_SECONDS):
         with pytest.raises(RequestError, match=problem):
             await HttpStreams("127.0.0.1", port, seconds=seconds).stream({}, lambda count: None)
 

@@ -28,6 +28,7 @@ from loraplex.v1.adapters_pb2 import (
 from loraplex.v1.watch_pb2 import WATCH_EVENT_TYPE_CHANGED, WATCH_EVENT_TYPE_DELETED, WATCH_EVENT_TYPE_SNAPSHOT_END
 from loraplex_service.adapters.config import AdapterConfig, ConstraintConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+from tests.waits import MOST_SECONDS
 
 
 async def create(control: ControlPlane, adapter_id: str = "pirate", seed: int = 0, **options: Any) -> Adapter:
@@ -46,7 +47,7 @@ async def running_stream(control: ControlPlane, model: str) -> AsyncGenerateStre
 
 async def until(condition: Callable[[], bool]) -> None:
     """On the engine, which is in another thread and sends no events of that."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
@@ -75,7 +76,9 @@ async def test_a_warning_of_its_config_comes_from_the_engine_alone(control: Cont
     directory = write_adapter(control.roots / "classifier")
     config = json.loads((directory / "adapter_config.json").read_text()) | {"task_type": "SEQ_CLS"}
     (directory / "adapter_config.json").write_text(json.dumps(config))
-    adapter = await control.admin.create_adapter("classifier", base_model="tiny", source="classifier", wait=20.0)
+    adapter = await control.admin.create_adapter(
+        "classifier", base_model="tiny", source="classifier", wait=MOST_SECONDS
+    )
     assert list(adapter.warnings) == ["a warning"]
 
 
@@ -199,7 +202,7 @@ async def test_an_adapter_of_an_unloaded_model_waits_for_it(control: ControlPlan
     adapter = await create(control, base_model="other", wait=None)
     assert adapter.state == Adapter.STATE_LOADING
     watch = control.admin.watch_adapters()
-    await control.admin.load_model("other", wait=20)
+    await control.admin.load_model("other", wait=MOST_SECONDS)
     async for message in watch:
         if message.adapter.state == Adapter.STATE_ACTIVE:
             break
@@ -257,7 +260,7 @@ def in_flight(control: ControlPlane) -> int:
 
 async def test_a_request_waits_until_its_first_token(control: ControlPlane) -> None:
     await create(control)
-    await control.admin.unload_adapter("pirate", wait=20)
+    await control.admin.unload_adapter("pirate", wait=MOST_SECONDS)
     control.core().loads_allowed.clear()
 
     async def counts() -> tuple[int, int]:
@@ -277,7 +280,7 @@ async def test_a_request_waits_until_its_first_token(control: ControlPlane) -> N
 
 async def test_a_request_that_ends_before_its_first_token_waits_no_more(control: ControlPlane) -> None:
     await create(control)
-    await control.admin.unload_adapter("pirate", wait=20)
+    await control.admin.unload_adapter("pirate", wait=MOST_SECONDS)
     control.core().loads_allowed.clear()
     waiting = asyncio.create_task(control.client.generate("pirate", "abc", max_tokens=5))
     await until(lambda: in_flight(control) == 1)
@@ -381,7 +384,7 @@ async def test_a_version_of_another_adapter_is_refused(control: ControlPlane) ->
 
 async def test_a_deleted_adapter_is_gone(control: ControlPlane) -> None:
     await create(control)
-    deleted = await control.admin.delete_adapter("pirate", wait=20)
+    deleted = await control.admin.delete_adapter("pirate", wait=MOST_SECONDS)
     assert deleted.state == Adapter.STATE_DELETING
     with pytest.raises(NotFound):
         await control.admin.get_adapter("pirate")
@@ -435,13 +438,13 @@ async def test_the_current_version_cannot_go_while_there_are_others(control: Con
     with pytest.raises(FailedPrecondition, match="move the alias") as raised:
         await control.admin.delete_adapter(short(second.version))
     assert raised.value.reason == "ADAPTER_IS_CURRENT"
-    await control.admin.delete_adapter(short(first.version), wait=20)
+    await control.admin.delete_adapter(short(first.version), wait=MOST_SECONDS)
     assert len(await control.admin.list_adapters(include_versions=True)) == 1
 
 
 async def test_a_deleted_adapter_can_be_created_again(control: ControlPlane) -> None:
     await create(control)
-    await control.admin.delete_adapter("pirate", wait=20)
+    await control.admin.delete_adapter("pirate", wait=MOST_SECONDS)
     assert (await create(control)).state == Adapter.STATE_ACTIVE
 
 
@@ -450,7 +453,7 @@ async def test_a_deleted_adapter_can_be_created_again(control: ControlPlane) -> 
 
 async def test_an_unloaded_adapter_is_loaded_by_its_next_request(control: ControlPlane) -> None:
     await create(control)
-    unloaded = await control.admin.unload_adapter("pirate", wait=20)
+    unloaded = await control.admin.unload_adapter("pirate", wait=MOST_SECONDS)
     assert unloaded.residency == ADAPTER_RESIDENCY_DISK
     assert (await control.client.generate("pirate", "ab", max_tokens=2)).usage.completion_tokens == 2
     assert (await control.admin.get_adapter("pirate")).residency == ADAPTER_RESIDENCY_DEVICE  # the request used it
@@ -458,14 +461,14 @@ async def test_an_unloaded_adapter_is_loaded_by_its_next_request(control: Contro
 
 async def test_an_adapter_is_loaded_ahead_of_its_requests(control: ControlPlane) -> None:
     await create(control)
-    await control.admin.unload_adapter("pirate", wait=20)
-    loaded = await control.admin.load_adapter("pirate", residency="host", wait=20)
+    await control.admin.unload_adapter("pirate", wait=MOST_SECONDS)
+    loaded = await control.admin.load_adapter("pirate", residency="host", wait=MOST_SECONDS)
     assert loaded.residency == ADAPTER_RESIDENCY_HOST
 
 
 async def test_an_adapter_is_brought_to_the_device_and_away_from_it(control: ControlPlane) -> None:
     await create(control)
-    assert (await control.admin.load_adapter("pirate", wait=20)).residency == ADAPTER_RESIDENCY_DEVICE
+    assert (await control.admin.load_adapter("pirate", wait=MOST_SECONDS)).residency == ADAPTER_RESIDENCY_DEVICE
     await control.admin.unload_adapter("pirate", residency="host")
     await residency_is(control, "pirate", ADAPTER_RESIDENCY_HOST)
 
@@ -486,7 +489,7 @@ async def test_an_adapter_cannot_be_moved_the_wrong_way(control: ControlPlane, m
 
 
 async def residency_is(control: ControlPlane, name: str, residency: int) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         while (await control.admin.get_adapter(name)).residency != residency:  # noqa: ASYNC110 - it is told in no event
             await asyncio.sleep(0.001)
 
@@ -501,7 +504,7 @@ async def test_a_pinned_adapter_is_on_the_device_and_cannot_be_unloaded(control:
     assert raised.value.reason == "ADAPTER_PINNED"
     assert not (await control.admin.update_adapter("pirate", pinned=False)).pinned
     assert control.core().pinned == set()
-    assert (await control.admin.unload_adapter("pirate", wait=20)).residency == ADAPTER_RESIDENCY_DISK
+    assert (await control.admin.unload_adapter("pirate", wait=MOST_SECONDS)).residency == ADAPTER_RESIDENCY_DISK
 
 
 async def test_more_pins_than_there_is_room_for_are_refused(control: ControlPlane) -> None:
@@ -556,20 +559,20 @@ async def test_a_watch_tells_of_every_tier_that_an_adapter_gets_to(control: Cont
         pass
 
     async def told() -> AdapterResidency.ValueType:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(MOST_SECONDS):
             message = await anext(stream)
         assert message.type == WATCH_EVENT_TYPE_CHANGED
         return message.adapter.residency
 
-    await control.admin.load_adapter("pirate", wait=20)
+    await control.admin.load_adapter("pirate", wait=MOST_SECONDS)
     assert await told() == ADAPTER_RESIDENCY_DEVICE
-    await control.admin.unload_adapter("pirate", residency="host", wait=20)
+    await control.admin.unload_adapter("pirate", residency="host", wait=MOST_SECONDS)
     assert await told() == ADAPTER_RESIDENCY_HOST
-    await control.admin.unload_adapter("pirate", wait=20)
+    await control.admin.unload_adapter("pirate", wait=MOST_SECONDS)
     assert await told() == ADAPTER_RESIDENCY_DISK
-    await control.admin.load_adapter("pirate", residency="host", wait=20)
+    await control.admin.load_adapter("pirate", residency="host", wait=MOST_SECONDS)
     assert await told() == ADAPTER_RESIDENCY_HOST
-    await control.admin.unload_model("tiny", wait=20)
+    await control.admin.unload_model("tiny", wait=MOST_SECONDS)
     assert await told() == ADAPTER_RESIDENCY_DISK
 
 
@@ -577,7 +580,7 @@ async def test_a_move_between_tiers_is_not_saved(control: ControlPlane, monkeypa
     await create(control)
     saved: list[object] = []
     monkeypatch.setattr(control.app.state, "put", lambda *change: saved.append(change))
-    loaded = await control.admin.load_adapter("pirate", wait=20)
+    loaded = await control.admin.load_adapter("pirate", wait=MOST_SECONDS)
     assert (loaded.residency, saved) == (ADAPTER_RESIDENCY_DEVICE, [])
 
 

@@ -11,6 +11,7 @@ from loraplex.v1.routes_pb2 import Route, RouteTarget
 from loraplex_engine.link.grammar import regex_grammar
 from loraplex_engine.link.messages import AddRequest
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+from tests.waits import MOST_SECONDS
 
 ABC, DIGITS = constraint(regex="[abc]+"), constraint(regex="[0-9]+")
 
@@ -23,7 +24,7 @@ async def put_route(control: ControlPlane, target: str, form: Constraint | None)
 async def create(control: ControlPlane, form: Constraint | None, name: str = "pirate") -> str:
     source = write_adapter(control.roots / name).name
     made = await control.admin.create_adapter(
-        name, base_model="tiny", source=source, default_constraint=form, wait=20.0
+        name, base_model="tiny", source=source, default_constraint=form, wait=MOST_SECONDS
     )
     return made.version
 

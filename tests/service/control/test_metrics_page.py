@@ -19,6 +19,7 @@ from loraplex_service.picker.page import NAMES, PATH
 from loraplex_service.telemetry.metrics import RequestMetrics
 from loraplex_service.telemetry.series import MAX_SERIES
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+from tests.waits import MOST_SECONDS
 
 DOCUMENTED = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 
@@ -41,7 +42,7 @@ class Page:
 
 
 def get_page(control: ControlPlane, query: str = "") -> bytes:
-    with urllib.request.urlopen(f"http://{control.addresses.metrics}/metrics{query}", timeout=10) as response:
+    with urllib.request.urlopen(f"http://{control.addresses.metrics}/metrics{query}", timeout=MOST_SECONDS) as response:
         return bytes(response.read())
 
 
@@ -77,7 +78,7 @@ async def test_a_generation_counts_for_its_tenant_model_and_adapter(control: Con
 
 async def create(control: ControlPlane, adapter_id: str, seed: int = 0) -> Adapter:
     source = str(write_adapter(control.roots / f"{adapter_id}-{seed}", seed=seed))
-    return await control.admin.create_adapter(adapter_id, base_model="tiny", source=source, wait=20)
+    return await control.admin.create_adapter(adapter_id, base_model="tiny", source=source, wait=MOST_SECONDS)
 
 
 async def test_a_weighted_sum_counts_for_each_of_its_adapters_and_once_for_its_tenant(control: ControlPlane) -> None:
@@ -152,9 +153,9 @@ async def test_the_series_of_an_adapter_end_with_its_last_version(control: Contr
     await create(control, "pirate", 2)
     for model in ("pirate", "poet"):
         await control.client.generate(model, "abc", max_tokens=5)
-    await control.admin.delete_adapter(pirate.version, wait=20)
+    await control.admin.delete_adapter(pirate.version, wait=MOST_SECONDS)
     assert (await scrape(control)).value("loraplex_completion_tokens_total", adapter=pirate.name) == 5
-    await control.admin.delete_adapter("pirate", wait=20)
+    await control.admin.delete_adapter("pirate", wait=MOST_SECONDS)
     page = await scrape(control)
     assert pirate.name not in page.text
     assert page.value("loraplex_requests_total", adapter=poet.name, status="OK") == 1

@@ -14,6 +14,7 @@ from loraplex.v1.watch_pb2 import (
 )
 from tests.service.control_plane import ControlPlane
 from tests.service.scripted_engine import ScriptedCore
+from tests.waits import MOST_SECONDS
 
 
 async def test_a_loaded_model_says_what_it_is(control: ControlPlane) -> None:
@@ -51,7 +52,7 @@ async def test_what_is_no_name_is_refused(control: ControlPlane, name: str) -> N
 async def test_a_model_is_loaded_while_another_serves(control: ControlPlane) -> None:
     stream = control.client.stream_generate("tiny", "abc", ignore_eos=True)
     await anext(stream)
-    model = await control.admin.load_model("other", wait=20)
+    model = await control.admin.load_model("other", wait=MOST_SECONDS)
     assert model.state == Model.STATE_ACTIVE
     answer = await control.client.generate("other", "xy", max_tokens=4)
     assert len(answer.outputs[0].finished.ListFields()) > 0
@@ -66,7 +67,7 @@ async def test_without_wait_a_model_is_returned_while_it_loads(control: ControlP
 
 
 async def test_loading_what_is_loaded_changes_nothing(control: ControlPlane) -> None:
-    model = await control.admin.load_model("tiny", wait=20)
+    model = await control.admin.load_model("tiny", wait=MOST_SECONDS)
     assert model.state == Model.STATE_ACTIVE
     assert len(control.engines["tiny"].started) == 1
 
@@ -93,7 +94,7 @@ async def test_unloading_lets_running_requests_finish(control: ControlPlane) -> 
 async def test_requests_that_outlive_the_grace_end_with_model_unloaded(control: ControlPlane) -> None:
     stream = control.client.stream_generate("tiny", "ab", max_tokens=1 << 19)
     await anext(stream)
-    model = await control.admin.unload_model("tiny", grace=0.0, wait=20)
+    model = await control.admin.unload_model("tiny", grace=0.0, wait=MOST_SECONDS)
     assert model.state == Model.STATE_UNLOADED
     with pytest.raises(FailedPrecondition, match="was unloaded") as raised:
         await stream.collect()
@@ -110,17 +111,17 @@ async def test_a_model_that_is_being_unloaded_cannot_be_loaded(control: ControlP
 
 
 async def test_a_model_may_come_back(control: ControlPlane) -> None:
-    await control.admin.unload_model("tiny", wait=20)
-    await control.admin.load_model("tiny", wait=20)
+    await control.admin.unload_model("tiny", wait=MOST_SECONDS)
+    await control.admin.load_model("tiny", wait=MOST_SECONDS)
     answer = await control.client.generate("tiny", "ab", max_tokens=3)
     assert answer.usage.completion_tokens == 3
 
 
 async def test_the_same_request_id_gets_the_first_result(control: ControlPlane) -> None:
     request_id = str(uuid.uuid4())
-    first = await control.admin.load_model("other", wait=20, request_id=request_id)
-    await control.admin.unload_model("other", wait=20)
-    again = await control.admin.load_model("other", wait=20, request_id=request_id)
+    first = await control.admin.load_model("other", wait=MOST_SECONDS, request_id=request_id)
+    await control.admin.unload_model("other", wait=MOST_SECONDS)
+    again = await control.admin.load_model("other", wait=MOST_SECONDS, request_id=request_id)
     assert again == first
     assert (await control.admin.get_model("other")).state == Model.STATE_UNLOADED
 
@@ -135,7 +136,7 @@ async def test_a_model_whose_engine_cannot_load_is_failed_and_says_why(control: 
         raise OSError("no memory is left")
 
     control.engines["other"].prepare = fail
-    model = await control.admin.load_model("other", wait=20)
+    model = await control.admin.load_model("other", wait=MOST_SECONDS)
     assert model.state == Model.STATE_FAILED
     assert "no memory is left" in model.error.message
 
@@ -147,7 +148,7 @@ async def test_a_model_without_the_end_of_sequence_of_its_tokenizer_is_failed_an
         core.limits = msgspec.structs.replace(core.limits, vocab_size=257)
 
     control.engines["other"].prepare = cut
-    model = await control.admin.load_model("other", wait=20)
+    model = await control.admin.load_model("other", wait=MOST_SECONDS)
     assert model.state == Model.STATE_FAILED
     assert "eos_token" in model.error.message
     assert "257 is none of the model's 257 token ids" in model.error.message
@@ -160,7 +161,7 @@ async def test_an_engine_that_dies_is_replaced_and_its_streams_go_on(control: Co
     control.engines["tiny"].started[0].kill()
     assert (await stream.collect()).outputs[0].text == "ab" * 500
     assert len(control.engines["tiny"].started) == 2
-    await control.client.wait_until_serving("models/tiny", timeout=20)
+    await control.client.wait_until_serving("models/tiny", timeout=MOST_SECONDS)
     assert (await control.client.generate("tiny", "ab", max_tokens=2)).usage.completion_tokens == 2
 
 
@@ -172,7 +173,7 @@ async def test_a_watch_tells_what_exists_and_then_what_changes(control: ControlP
         WATCH_EVENT_TYPE_EXISTING,
         WATCH_EVENT_TYPE_SNAPSHOT_END,
     ]
-    await control.admin.load_model("other", wait=20)
+    await control.admin.load_model("other", wait=MOST_SECONDS)
     async for message in stream:
         assert message.type == WATCH_EVENT_TYPE_CHANGED
         if message.model.name == "models/other" and message.model.state == Model.STATE_ACTIVE:

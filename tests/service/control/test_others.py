@@ -6,6 +6,7 @@ from loraplex import FailedPrecondition, InvalidArgument, NotFound, PermissionDe
 from loraplex.v1.prompt_pb2 import Prompt, TokenIds
 from loraplex_service.validation.checks import UNSUPPORTED_FIELDS
 from tests.service.control_plane import ControlPlane, write_adapter
+from tests.waits import MOST_SECONDS
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
@@ -39,7 +40,7 @@ async def test_a_prompt_may_be_cut(control: ControlPlane) -> None:
 
 async def test_an_adapter_has_the_tokenizer_of_its_model(control: ControlPlane) -> None:
     source = write_adapter(control.roots / "pirate").name
-    await control.admin.create_adapter("pirate", base_model="tiny", source=source, wait=20)
+    await control.admin.create_adapter("pirate", base_model="tiny", source=source, wait=MOST_SECONDS)
     assert list((await control.client.tokenize("pirate", "a")).token_ids) == [97]
 
 
@@ -76,7 +77,9 @@ async def test_a_model_that_is_not_loaded_has_no_tokenizer(control: ControlPlane
 
 async def test_a_name_is_resolved_on_behalf_of_a_tenant(control: ControlPlane) -> None:
     source = write_adapter(control.roots / "pirate").name
-    adapter = await control.admin.create_adapter("pirate", base_model="tiny", source=source, tenant="acme", wait=20)
+    adapter = await control.admin.create_adapter(
+        "pirate", base_model="tiny", source=source, tenant="acme", wait=MOST_SECONDS
+    )
     response = await control.admin.resolve_target("pirate", tenant="acme")
     assert response.target.adapter_version == adapter.version
     assert response.target.model == "models/tiny"

@@ -12,6 +12,7 @@ from loraplex.v1.generation_pb2 import Sampling
 from loraplex.v1.routes_pb2 import Route, RouteTarget
 from loraplex_service.names.routing import choose
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+from tests.waits import MOST_SECONDS
 
 NAME = "tenants/shared/routes/main"
 
@@ -27,7 +28,7 @@ async def put(control: ControlPlane, made: Route, mask: Sequence[str] | None = N
 
 async def adapter(control: ControlPlane, name: str, seed: int) -> str:
     source = write_adapter(control.roots / f"{name}-{seed}", seed=seed).name
-    return (await control.admin.create_adapter(name, base_model="tiny", source=source, wait=20.0)).version
+    return (await control.admin.create_adapter(name, base_model="tiny", source=source, wait=MOST_SECONDS)).version
 
 
 # ---- choosing --------------------------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ async def test_a_key_decides_for_generating_and_for_resolving_alike(control: Con
 async def test_a_target_that_is_gone_falls_back(control: ControlPlane) -> None:
     await adapter(control, "pirate", 0)
     await put(control, route(("pirate", 1), fallback="models/tiny"))
-    await control.admin.delete_adapter("pirate", wait=20.0)
+    await control.admin.delete_adapter("pirate", wait=MOST_SECONDS)
     answer = await control.client.generate("main", "abc", max_tokens=1)
     assert (answer.target.model, answer.target.adapter_version) == ("models/tiny", "")
     await put(control, Route(name=NAME), mask=["fallback"])
@@ -107,7 +108,7 @@ async def test_a_route_has_sampling_defaults_of_its_own(control: ControlPlane) -
 
 async def test_the_targets_of_a_route_are_loaded_ahead(control: ControlPlane) -> None:
     version = await adapter(control, "pirate", 0)
-    await control.admin.unload_adapter("pirate", wait=20.0)
+    await control.admin.unload_adapter("pirate", wait=MOST_SECONDS)
     await put(control, route((version, 1)))
     async for message in control.admin.watch_load(interval=0.1):
         assert message

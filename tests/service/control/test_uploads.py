@@ -17,6 +17,7 @@ from loraplex_adapters.files.source import CONFIG_FILE, WEIGHTS_FILE, digest
 from loraplex_engine.link.messages import UploadEnded, UploadGrew
 from loraplex_service.admission.tenants import TenantConfig
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+from tests.waits import MOST_SECONDS
 
 METHOD = "/loraplex.v1.AdapterService/UploadAdapter"
 HEADER = UploadAdapterRequest(
@@ -47,7 +48,7 @@ def kept(control: ControlPlane) -> list[Path]:
 
 async def test_an_uploaded_adapter_can_be_used_and_says_what_it_is(control: ControlPlane, tmp_path: Path) -> None:
     files = write_adapter(tmp_path / "mine", seed=1)
-    adapter = await control.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=20.0)
+    adapter = await control.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=MOST_SECONDS)
     assert (adapter.state, adapter.source, adapter.current) == (Adapter.STATE_ACTIVE, "", True)
     assert adapter.digest == f"sha256:{digest(files)}"
     answer = await control.client.generate("mine", "abc", max_tokens=1)
@@ -56,10 +57,10 @@ async def test_an_uploaded_adapter_can_be_used_and_says_what_it_is(control: Cont
 
 async def test_what_was_hashed_while_it_came_is_not_hashed_again(control: ControlPlane, tmp_path: Path) -> None:
     uploaded = await control.admin.upload_adapter(
-        "mine", base_model="tiny", directory=write_adapter(tmp_path / "mine", seed=1), wait=20.0
+        "mine", base_model="tiny", directory=write_adapter(tmp_path / "mine", seed=1), wait=MOST_SECONDS
     )
     source = str(write_adapter(control.roots / "found", seed=2))
-    found = await control.admin.create_adapter("found", base_model="tiny", source=source, wait=20.0)
+    found = await control.admin.create_adapter("found", base_model="tiny", source=source, wait=MOST_SECONDS)
     hashed = {wish.key.digest: wish.is_hashed for wish in control.core().wishes if wish.path}
     assert hashed == {uploaded.digest.removeprefix("sha256:"): True, found.digest.removeprefix("sha256:"): False}
 
@@ -74,8 +75,8 @@ async def test_the_config_may_come_behind_the_weights(control: ControlPlane, tmp
 
 async def test_the_same_content_again_is_the_same_version(control: ControlPlane, tmp_path: Path) -> None:
     files = write_adapter(tmp_path / "mine", seed=1)
-    first = await control.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=20.0)
-    again = await control.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=20.0)
+    first = await control.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=MOST_SECONDS)
+    again = await control.admin.upload_adapter("mine", base_model="tiny", directory=files, wait=MOST_SECONDS)
     assert again.version == first.version
     assert len(kept(control)) == 1
 
@@ -98,11 +99,11 @@ async def test_validating_an_upload_keeps_nothing(control: ControlPlane, tmp_pat
 async def test_a_deleted_upload_leaves_no_files(control: ControlPlane, tmp_path: Path) -> None:
     files = write_adapter(tmp_path / "mine")
     for name in ("mine", "same"):  # two names, one content
-        await control.admin.upload_adapter(name, base_model="tiny", directory=files, wait=20.0)
-    await control.admin.delete_adapter("mine", wait=20.0)
+        await control.admin.upload_adapter(name, base_model="tiny", directory=files, wait=MOST_SECONDS)
+    await control.admin.delete_adapter("mine", wait=MOST_SECONDS)
     assert len(kept(control)) == 1
-    await control.admin.delete_adapter("same", wait=20.0)
-    async with asyncio.timeout(20):
+    await control.admin.delete_adapter("same", wait=MOST_SECONDS)
+    async with asyncio.timeout(MOST_SECONDS):
         while kept(control):  # noqa: ASYNC110 - the depot has no event
             await asyncio.sleep(0.001)
 
@@ -256,7 +257,7 @@ async def begin_many(control: ControlPlane, channel: grpc.aio.Channel, count: in
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         while not condition():  # noqa: ASYNC110 - the depot has no event
             await asyncio.sleep(0.001)
 
@@ -345,4 +346,4 @@ async def test_an_upload_that_the_disk_does_not_take_is_refused_for_now_and_leav
                 await admin.upload_adapter("pirate", base_model="tiny", directory=files)
     assert raised.value.reason == "STATE_UNWRITABLE"
     assert (await control.admin.list_adapters(), kept(control)) == ([], [])
-    await control.admin.upload_adapter("pirate", base_model="tiny", directory=files, wait=20.0)
+    await control.admin.upload_adapter("pirate", base_model="tiny", directory=files, wait=MOST_SECONDS)

@@ -31,6 +31,7 @@ from loraplex_service.dialects.kserve.answers import Answers
 from loraplex_service.dialects.kserve.tensors import Asked
 from tests.service.control_plane import ControlPlane, write_adapter
 from tests.service.data_plane import failure
+from tests.waits import MOST_SECONDS
 
 MAX_4 = '{"max_tokens": 4, "temperature": 0}'
 
@@ -260,7 +261,7 @@ async def test_tensors_that_make_no_sense_are_refused_by_name(
 
 async def test_a_call_that_is_cancelled_frees_the_engine(stub: Any, control: ControlPlane) -> None:
     call = stub.ModelInfer(infer(sampling='{"max_tokens": 100000, "ignore_eos": true}'))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         while not control.core().requests:  # noqa: ASYNC110 - the engine is a thread, and tells nobody
             await asyncio.sleep(0.01)
         call.cancel()

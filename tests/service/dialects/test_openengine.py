@@ -13,6 +13,7 @@ from loraplex_service.dialect_stubs.openengine_pb2_grpc import ControlStub, Infe
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 from tests.service.data_plane import failure
 from tests.service.http.clients.environments import until_idle
+from tests.waits import MOST_SECONDS
 
 GREEDY: dict[str, Any] = {"model": "tiny", "prompt": "abc", "sampling": {"temperature": 0}, "request_id": "a"}
 FOUR: dict[str, Any] = GREEDY | {"stopping": {"max_tokens": 4}}
@@ -90,7 +91,7 @@ async def test_an_aborted_request_ends_with_an_error_in_its_stream(
 ) -> None:
     endless = asked(stopping={"max_tokens": 100000, "ignore_eos": True})
     call = inference.Generate(endless)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         responses = aiter(call)
         await anext(responses)
         assert (await oe_control.Abort(oe.AbortRequest(request_id="a"))).status == oe.ABORT_STATUS_ABORTED

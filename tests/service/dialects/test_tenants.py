@@ -26,6 +26,7 @@ from loraplex_service.ports.config import DIALECTS
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 from tests.service.data_plane import failure
 from tests.service.dialects.test_kserve import infer
+from tests.waits import MOST_SECONDS
 
 ROLES = {"acme": Role.INFERENCE, "bolt": Role.INFERENCE, "ops": Role.ADMIN}
 Metadata = tuple[tuple[str, str], ...]
@@ -54,7 +55,7 @@ async def test_no_tenant_aborts_anothers_generation(
     stub: Any = GRPCInferenceServiceStub(channel)
     endless = infer(sampling='{"max_tokens": 100000, "ignore_eos": true}')
     call = stub.ModelInfer(endless, metadata=callers["acme"])
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         while not control.core().requests:  # noqa: ASYNC110 - the engine is a thread, and tells nobody
             await asyncio.sleep(0.01)
     engine: Any = VllmEngineStub(channel)

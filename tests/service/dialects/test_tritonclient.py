@@ -48,21 +48,21 @@ assert text_of(client.infer("tiny", inputs(parameters=as_texts), parameters=as_t
 
 answered = queue.Queue()
 client.async_infer("pirate", inputs(), lambda result, error: answered.put((result, error)))
-result, error = answered.get(timeout=20)
+result, error = answered.get(timeout=120)
 assert error is None and text_of(result) == "abcabca"
 
 client.start_stream(lambda result, error: answered.put((result, error)))
 client.async_stream_infer("tiny", inputs(stream=True), enable_empty_final_response=True)
 text, is_final = "", False
 while not is_final:
-    result, error = answered.get(timeout=20)
+    result, error = answered.get(timeout=120)
     assert error is None, error
     response = result.get_response()
     is_final = response.parameters["triton_final_response"].bool_param
     text += text_of(result) if response.outputs else ""
 assert text == "abca", text
 client.async_stream_infer("tiny", inputs(parameters={"temperature": -1}))
-result, error = answered.get(timeout=20)
+result, error = answered.get(timeout=120)
 assert "sampling_parameters.temperature" in error.message(), error
 client.stop_stream()
 

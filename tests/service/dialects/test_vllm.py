@@ -15,6 +15,7 @@ from loraplex_service.dialect_stubs.vllm_pb2_grpc import ControlStub, InferenceS
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 from tests.service.data_plane import failure
 from tests.service.http.clients.environments import until_idle
+from tests.waits import MOST_SECONDS
 
 GREEDY: dict[str, Any] = {"model": "tiny", "text": "abc", "temperature": 0, "stopping": {"max_new_tokens": 4}}
 
@@ -93,7 +94,7 @@ async def test_a_generation_is_aborted_by_the_id_that_its_caller_gave(
 ) -> None:
     endless = asked(request_id="a", stopping={"max_new_tokens": 100000, "ignore_eos": True})
     call = asyncio.ensure_future(failure(inference.Generate(endless)))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         while not control.core().requests:  # noqa: ASYNC110 - the engine is a thread, and tells nobody
             await asyncio.sleep(0.01)
         await vllm_control.Abort(vllm.AbortRequest(request_ids=["a", "b"]))

@@ -23,6 +23,7 @@ from loraplex_service.ports.config import TlsConfig
 from loraplex_service.ports.tls import server_credentials
 from tests.service.authority import Authority
 from tests.service.control_plane import write_adapter
+from tests.waits import MOST_SECONDS
 
 SECRET = b"of this fleet"
 OTHER = "0" * 63 + "1"
@@ -180,7 +181,7 @@ async def test_who_takes_nothing_loses_its_turn(tmp_path: Path, monkeypatch: pyt
         stuck = [ask(asked) for _ in range(CALLS_AT_ONCE)]
         for call in stuck:
             await call.read()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(MOST_SECONDS):
             while files._calls:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
     await server.stop(None)

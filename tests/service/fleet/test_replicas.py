@@ -19,6 +19,7 @@ from loraplex_service.fleet.figures import FleetFigures
 from loraplex_service.fleet.schema import FIRST, Step
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 from tests.service.fleet.conftest import TestDatabase
+from tests.waits import MOST_SECONDS
 
 
 class Fleet:
@@ -49,7 +50,7 @@ async def fleet(database: TestDatabase, byte_tokenizer_directory: Path, tmp_path
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for what is to come within a second; the bound is generous."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -95,7 +96,7 @@ def serves(control: ControlPlane, version: str, name: str = "pirate") -> Callabl
 
 async def upload(control: ControlPlane, directory: Path, seed: int = 0, name: str = "pirate") -> Adapter:
     files = write_adapter(directory / f"{name}-{seed}", seed=seed)
-    return await control.admin.upload_adapter(name, directory=files, base_model="tiny", wait=20.0)
+    return await control.admin.upload_adapter(name, directory=files, base_model="tiny", wait=MOST_SECONDS)
 
 
 async def test_an_upload_at_one_replica_is_served_by_all(fleet: Fleet, tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ async def test_a_deletion_at_another_replica_is_one_for_all(fleet: Fleet, tmp_pa
     one, two = await fleet.join("one"), await fleet.join("two")
     adapter = await upload(one, tmp_path)
     await until(serves(two, adapter.version))
-    await two.admin.delete_adapter("pirate", wait=20.0)
+    await two.admin.delete_adapter("pirate", wait=MOST_SECONDS)
     await until(lambda: known(one) is None)
     with pytest.raises(NotFound):
         await one.admin.get_adapter("pirate")
@@ -280,7 +281,7 @@ async def test_a_replica_starts_without_the_database_from_what_it_knew(fleet: Fl
     assert serves(one, adapter.version)()
     fleet.database.give_back()
     await until(lambda: figures(two).connected)
-    await two.admin.delete_adapter("pirate", wait=20.0)
+    await two.admin.delete_adapter("pirate", wait=MOST_SECONDS)
     await until(lambda: known(one) is None)
 
 

@@ -14,6 +14,7 @@ from loraplex_service.fleet.state import FleetState
 from loraplex_service.state import StateFile
 from tests.service.fleet.conftest import TestDatabase
 from tests.service.fleet.test_replicas import until
+from tests.waits import MOST_SECONDS
 
 KIND = "note"
 NEWER = b"of a newer version"
@@ -84,8 +85,8 @@ class Hanging:
         self.times_ended = 0
 
     def news(self, *asked: Any) -> Any:
-        assert self._ended.acquire(timeout=20)
-        assert self._ended.acquire(timeout=20)
+        assert self._ended.acquire(timeout=MOST_SECONDS)
+        assert self._ended.acquire(timeout=MOST_SECONDS)
         raise DatabaseAway("it hangs")
 
     def abandon(self) -> None:

@@ -12,6 +12,7 @@ from loraplex_service.text import Tokenizer
 from tests.service.control_plane import ControlPlane, write_adapter
 from tests.service.data_plane import data_plane
 from tests.service.http.caller import Caller, caller_of
+from tests.waits import MOST_SECONDS
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ async def test_an_echo_of_tokens_is_their_text(caller: Caller, stream: bool) -> 
 async def test_adapters_and_routes_are_models(control: ControlPlane, caller: Caller) -> None:
     write_adapter(control.roots / "pirate")
     source = str(control.roots / "pirate")
-    created = await control.admin.create_adapter("pirate", base_model="tiny", source=source, wait=20.0)
+    created = await control.admin.create_adapter("pirate", base_model="tiny", source=source, wait=MOST_SECONDS)
     route = Route(name="tenants/shared/routes/main", targets=[RouteTarget(model="tiny", weight=1)])
     await control.admin.update_route(route, allow_missing=True)
     listed = (await caller.get("/v1/models")).json

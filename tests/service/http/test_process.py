@@ -20,6 +20,7 @@ from loraplex_service.ports.config import LimitsConfig, TlsConfig
 from loraplex_service.telemetry.series import Counter
 from tests.service.authority import Authority
 from tests.service.control_plane import ControlPlane, control_plane
+from tests.waits import MOST_SECONDS
 
 needs_uvicorn = pytest.mark.skipif(
     importlib.util.find_spec("uvicorn") is None, reason="the extra `http` is not installed"
@@ -52,7 +53,7 @@ async def ask(address: str | None, request: bytes, tls: ssl.SSLContext | None = 
     """The status and the body of the answer."""
     reader, writer = await connected(address, tls)
     writer.write(request)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(MOST_SECONDS):
         answer = await reader.read()
     writer.close()
     if not answer:
@@ -62,7 +63,7 @@ async def ask(address: str | None, request: bytes, tls: ssl.SSLContext | None = 
 
 
 async def until_idle(control: ControlPlane) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         while control.core().requests:  # noqa: ASYNC110 - the engine is a thread, and tells nobody
             await asyncio.sleep(0.01)
 
@@ -106,7 +107,7 @@ async def test_answers_are_counted_by_endpoint_and_status(served: ControlPlane) 
     for path in ("/version", "/nothing", "/nothing/else"):
         await ask(served.addresses.http, request_of(path))
     counted = served.app.telemetry.metrics.http_requests.values
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         while ("other", "404") not in counted:  # noqa: ASYNC110 - the process tells nobody else
             await asyncio.sleep(0.01)
     assert (counted["/version", "200"], counted["other", "404"]) == (1, 2)
@@ -156,7 +157,7 @@ async def test_a_caller_that_does_not_read_is_cut(served: ControlPlane) -> None:
         loop = asyncio.get_running_loop()
         await loop.sock_connect(caller, (host, int(port)))
         await loop.sock_sendall(caller, request_of("/v1/completions", ENDLESS | {"n": 4}))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(MOST_SECONDS):
             while not served.core().requests:  # noqa: ASYNC110 - the engine is a thread, and tells nobody
                 await asyncio.sleep(0.01)
         await until_idle(served)
@@ -167,7 +168,7 @@ async def test_a_caller_that_does_not_read_is_cut(served: ControlPlane) -> None:
 async def test_a_connection_that_says_too_little_is_closed(served: ControlPlane, said: bytes) -> None:
     reader, writer = await connected(served.addresses.http)
     writer.write(said)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         assert await reader.read() == b""
     writer.close()
 
@@ -183,7 +184,7 @@ async def test_connections_without_a_request_keep_nobody_out(said: bytes) -> Non
             if said:
                 await reader.readuntil(b"}")
         assert (await ask(address, request_of("/version")))[0] == 200
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(MOST_SECONDS):
             assert await opened[0][0].read() == b""  # it has waited longest
         for _, writer in opened:
             writer.close()
@@ -211,7 +212,7 @@ async def test_a_body_that_is_too_large_is_refused(served: ControlPlane, sized: 
 async def test_a_head_without_end_is_refused(served: ControlPlane) -> None:
     reader, writer = await connected(served.addresses.http)
     writer.write(b"GET / HTTP/1.1\r\nx: " + b"a" * (48 << 10))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         assert (await reader.read()).startswith(b"HTTP/1.1 400")
     writer.close()
 
@@ -290,7 +291,7 @@ async def test_a_process_whose_parent_is_gone_ends() -> None:
         process = await _start(listener, DoorSettings(target="unix:/nowhere"))
         assert process.stdin is not None
         process.stdin.close()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(MOST_SECONDS):
             assert await process.wait() == 0
 
 

@@ -25,6 +25,7 @@ from loraplex_service.ports.interceptors import _caller
 from loraplex_service.text import Tokenizer
 from tests.service.data_plane import DataPlane, data_plane
 from tests.service.http.caller import BODY_BYTES, Caller, caller_of
+from tests.waits import MOST_SECONDS
 
 REASONS = [name.removeprefix("ERROR_REASON_") for name in ErrorReason.keys()[1:]]
 
@@ -216,7 +217,7 @@ async def test_a_body_that_cannot_be_read(caller: Caller, body: bytes, status: i
 
 
 async def until_taken(caller: Caller, size: int) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         while caller.door._room.taken < size:  # noqa: ASYNC110 - the room tells nobody
             await asyncio.sleep(0.01)
 

@@ -9,6 +9,7 @@ from loraplex_service.errors import Unavailable
 from loraplex_service.http import generations
 from tests.service.data_plane import DataPlane
 from tests.service.http.caller import Answer, Caller, caller_of
+from tests.waits import MOST_SECONDS
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ async def caller(plane: DataPlane, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
 
 
 async def after_silence(plane: DataPlane, caller: Caller, asked: "asyncio.Task[Answer]") -> Answer:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         await caller.heard.wait()
         plane.engine.allow_steps(10**6)
         return await asked

@@ -21,6 +21,7 @@ from loraplex_service.text import Tokenizer
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 from tests.service.data_plane import data_plane
 from tests.service.http.caller import Answer, Caller, caller_of
+from tests.waits import MOST_SECONDS
 
 API = "/api/v1"
 PROMPT = {"chunks": [{"type": "encoded_text", "tokens": [97, 98]}]}
@@ -85,7 +86,7 @@ async def test_a_session_stays_with_the_version_that_its_path_meant(control: Con
     versions = []
     for seed in (1, 2):
         source = str(write_adapter(control.roots / f"step-{seed}", seed=seed))
-        made = await control.admin.create_adapter("student", base_model="tiny", source=source, wait=20.0)
+        made = await control.admin.create_adapter("student", base_model="tiny", source=source, wait=MOST_SECONDS)
         body = {"session_id": "s", "sampling_session_seq_id": 0, "model_path": "tinker://student"}
         session = (await caller.post(f"{API}/create_sampling_session", body)).json["sampling_session_id"]
         versions.append((made.version, session))
@@ -192,7 +193,7 @@ async def test_a_thousand_samples_that_nobody_fetches_leave_nothing() -> None:
         for number in range(1000):
             futures.begin(ME, 10, done if number % 2 else never)
         running = [sample.work for sample in futures._samples.values()]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(MOST_SECONDS):
             await asyncio.gather(*running, return_exceptions=True)
             while len(futures):  # noqa: ASYNC110 - they end by the loop's own clock
                 await asyncio.sleep(0.01)

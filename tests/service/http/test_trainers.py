@@ -11,6 +11,7 @@ from loraplex_service.text import Tokenizer
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 from tests.service.data_plane import data_plane
 from tests.service.http.caller import Caller, caller_of
+from tests.waits import MOST_SECONDS
 
 PROCESSED = {"output": {"logprobsMode": "LOGPROBS_MODE_PROCESSED"}}
 
@@ -130,7 +131,7 @@ async def test_log_probabilities_may_be_those_that_were_drawn_from(scored: Calle
 async def test_every_choice_names_its_adapter_version(control: ControlPlane, caller: Caller) -> None:
     write_adapter(control.roots / "student")
     source = str(control.roots / "student")
-    made = await control.admin.create_adapter("student", base_model="tiny", source=source, wait=20.0)
+    made = await control.admin.create_adapter("student", base_model="tiny", source=source, wait=MOST_SECONDS)
     for answer in (await caller.chat(model="student"), await caller.complete(["a", "b"], model="student")):
         assert {choice["adapter_version"] for choice in answer.json["choices"]} == {made.version}
     for chunks in (await caller.chat(model="student", stream=True)).events[:-1]:

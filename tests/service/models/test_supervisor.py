@@ -25,6 +25,7 @@ from loraplex_service.models.config import SupervisionConfig
 from loraplex_service.models.placement import NoRoomError
 from loraplex_service.models.supervisor import EngineProcess, EngineState, EngineSupervisor, Launch
 from tests.service.scripted_engine import LIMITS, Loading, ThreadedEngines, process_launcher
+from tests.waits import MOST_SECONDS
 
 QUICK = SupervisionConfig(
     heartbeat_seconds=0.05,
@@ -73,7 +74,7 @@ class Watched(EngineSupervisor):
         self._condition.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(MOST_SECONDS):
             while not condition():
                 self._condition.clear()
                 await self._condition.wait()

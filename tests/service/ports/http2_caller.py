@@ -5,6 +5,8 @@ import struct
 from collections import Counter
 from collections.abc import Iterable
 
+from tests.waits import MOST_SECONDS
+
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
 ACK = END_STREAM = 1
@@ -60,7 +62,7 @@ class Http2Caller:
         `source`: the address that the server sees; empty: the machine's choice.
         """
         host, _, port = address.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)), timeout=20, source_address=(source, 0))
+        self._socket = socket.create_connection((host, int(port)), timeout=MOST_SECONDS, source_address=(source, 0))
         self._next_stream = 1
         self._unread = b""
         settings = b"" if window is None else struct.pack(">HI", INITIAL_WINDOW_SIZE, window)

@@ -41,6 +41,7 @@ from tests.service.ports.http2_caller import (
     message,
     number,
 )
+from tests.waits import MOST_SECONDS
 
 GENERATE = "/loraplex.v1.InferenceService/Generate"
 WATCH = "/grpc.health.v1.Health/Watch"
@@ -225,7 +226,7 @@ async def caller_of(plane: DataPlane, window: int | None = None) -> AsyncIterato
 
 
 async def test_a_watcher_without_a_window_stops_no_change_of_health(plane: DataPlane) -> None:
-    async with caller_of(plane, window=0) as caller, asyncio.timeout(20):
+    async with caller_of(plane, window=0) as caller, asyncio.timeout(MOST_SECONDS):
         await asyncio.to_thread(caller.send, ask_health(1, "models/demo"))
         await asyncio.to_thread(caller.settle)
         for serving in (False, True, False):

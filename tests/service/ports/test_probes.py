@@ -16,6 +16,7 @@ from loraplex_service.ports.probes import LIVENESS, READINESS, STARTUP, Probes
 from tests.service.data_plane import next_of
 from tests.service.health_calls import watch_health
 from tests.service.scripted_engine import ThreadedEngines
+from tests.waits import MOST_SECONDS
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -75,7 +76,7 @@ async def test_the_port_says_health_and_nothing_else(byte_tokenizer_directory: P
         assert addresses.health is not None
         async with grpc.aio.insecure_channel(addresses.health) as channel:
             watch = watch_health(channel, READINESS)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(MOST_SECONDS):
                 while (await next_of(watch)).status != SERVING:
                     pass
             list_models: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(LIST_MODELS)
@@ -84,6 +85,6 @@ async def test_the_port_says_health_and_nothing_else(byte_tokenizer_directory: P
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
             # As the server shuts down, its balancers are told before anything ends.
             await app.probes.drain()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(MOST_SECONDS):
                 assert (await next_of(watch)).status == NOT_SERVING
             watch.cancel()

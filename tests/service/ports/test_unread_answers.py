@@ -24,6 +24,7 @@ from tests.service.ports.http2_caller import (
     frame,
     message,
 )
+from tests.waits import MOST_SECONDS
 
 BATCH = "/loraplex.v1.InferenceService/BatchGenerate"
 GENERATE = "/loraplex.v1.InferenceService/Generate"
@@ -67,7 +68,7 @@ async def test_an_item_of_a_batch_beyond_the_limit_fails_alone(byte_tokenizer: T
 
 async def answers_of(plane: DataPlane, tenant: str) -> AsyncIterator[str]:
     """What one call after the other gets: "OK", or why not."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         while True:
             try:
                 await plane.generate(make_spec(**LARGE), metadata=(("loraplex-tenant", tenant),))

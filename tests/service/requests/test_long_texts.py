@@ -28,6 +28,7 @@ from loraplex_service.text.token_lengths import longest_token_bytes
 from loraplex_service.validation.checks import check_request
 from tests.service.control_plane import ControlPlane
 from tests.service.data_plane import DataPlane, data_plane, failure, make_spec
+from tests.waits import MOST_SECONDS
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 REAL = [*sorted((REPOSITORY / ".." / "shared" / "data" / "tokenizers").glob("*/"))]
@@ -100,7 +101,7 @@ async def test_long_texts_of_one_tenant_do_not_keep_out_anothers(byte_tokenizer:
 
         def encode(self, text: str, *rest: Any) -> list[int]:
             if text[0] == "x":
-                go_on.wait(10)
+                go_on.wait(MOST_SECONDS)
             return encode(text, *rest)
 
     async with data_plane(byte_tokenizer) as plane:

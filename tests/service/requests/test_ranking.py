@@ -14,6 +14,7 @@ from loraplex_engine.link.grammar import regex_grammar
 from loraplex_service.errors import Unavailable
 from tests.service.data_plane import DataPlane, failure, make_spec
 from tests.service.fake_engine import FakeEngine
+from tests.waits import MOST_SECONDS
 
 THREE_TOKENS = {"max_tokens": 3}
 SEARCH: dict[str, Any] = {"beam_search": {"num_beams": 2}}
@@ -97,7 +98,7 @@ async def test_a_search_begins_anew_with_the_next_engine(plane: DataPlane, next_
     running = asyncio.ensure_future(plane.generate(spec))
     await plane.engine.until(lambda: bool(plane.engine.requests) and not plane.engine.steps_allowed)
     plane.engine.client.fail(Unavailable("ENGINE_RESTARTING", "it died"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(MOST_SECONDS):
         answer = await running
     assert [output.text for output in answer.outputs] == ["xyz", "yz"]
     assert answer.usage.completion_tokens == 6

@@ -14,11 +14,12 @@ from loraplex.v1.inference_pb2 import (
     StreamGenerateRequest,
 )
 from tests.service.data_plane import DataPlane, failure, make_spec, next_of
+from tests.waits import MOST_SECONDS
 
 
 async def id_of(call: Any) -> str:
     """From the initial metadata, which must come by itself."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(MOST_SECONDS):
         return str(dict(await call.initial_metadata())["loraplex-request-id"])
 
 

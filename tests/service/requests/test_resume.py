@@ -19,6 +19,7 @@ from tests.service.control_plane import ControlPlane, control_plane, write_adapt
 from tests.service.data_plane import DataPlane, failure, make_spec
 from tests.service.fake_engine import FakeEngine
 from tests.service.scripted_engine import ScriptedCore
+from tests.waits import MOST_SECONDS
 
 LENGTH = 400  # tokens, of a millisecond each: still running when its engine dies
 
@@ -38,14 +39,14 @@ def kill_engine(control: ControlPlane) -> None:
 
 
 async def until(control: ControlPlane, lives: int) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         while engine_lives(control) < lives or not await control.client.is_serving("models/tiny"):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
 async def running(control: ControlPlane, count: int) -> list[AddRequest]:
     """What the present engine runs, once there are so many."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         while len(control.core().requests) < count:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     return list(control.core().requests.values())
@@ -80,7 +81,7 @@ async def test_what_a_request_is_left_with_is_all_that_the_next_engine_is_asked_
 
 async def test_the_next_engine_gets_the_requests_adapter_before_the_request(control: ControlPlane) -> None:
     await control.admin.create_adapter(
-        "pirate", base_model="tiny", source=str(write_adapter(control.roots / "pirate")), wait=20
+        "pirate", base_model="tiny", source=str(write_adapter(control.roots / "pirate")), wait=MOST_SECONDS
     )
     stream = control.client.stream_generate("pirate", "ab", max_tokens=LENGTH)
     await anext(stream)
@@ -93,7 +94,7 @@ async def test_the_next_engine_gets_the_requests_adapter_before_the_request(cont
 
 async def test_prompts_to_embed_that_an_engine_had_not_computed_are_sent_to_the_next(control: ControlPlane) -> None:
     source = str(write_adapter(control.roots / "pirate"))
-    await control.admin.create_adapter("pirate", base_model="tiny", source=source, wait=20)
+    await control.admin.create_adapter("pirate", base_model="tiny", source=source, wait=MOST_SECONDS)
     control.core().pools = False
     call = asyncio.ensure_future(control.client.embed("pirate", [[number] for number in range(11)]))
     held = await running(control, 4)
@@ -147,7 +148,7 @@ async def test_a_request_can_be_cancelled_while_it_waits_for_the_next_engine(con
 
     control.app.host.get("tiny").supervisor._launch = later  # type: ignore[assignment]
     kill_engine(control)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         while control.app.host.get("tiny").client is not None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     control.app.entrance.end_all(Cancelled("enough"))

@@ -14,6 +14,7 @@ from loraplex_engine.link.logs import JsonFormatter
 from loraplex_service.call import Call
 from loraplex_service.telemetry.logs import CallFields, access, call_fields
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+from tests.waits import MOST_SECONDS
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 
@@ -52,7 +53,7 @@ async def control(
 
 async def accesses(lines: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Lines of the access log, once there are so many: a caller may have its answer before its line is written."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(MOST_SECONDS):
         while len(found := [line for line in lines if line["logger"] == "loraplex.access"]) < count:  # noqa: ASYNC110 - nothing tells of a line
             await asyncio.sleep(0)
     return found

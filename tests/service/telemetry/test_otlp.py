@@ -33,6 +33,7 @@ from loraplex.v1.adapters_pb2 import Adapter
 from loraplex_service.telemetry.config import OtlpConfig
 from loraplex_service.telemetry.trace_context import trace_id_of
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+from tests.waits import MOST_SECONDS
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
@@ -168,7 +169,7 @@ async def test_the_histograms_have_the_names_of_the_conventions(setting: Setting
 
 async def create(control: ControlPlane, adapter_id: str, seed: int) -> Adapter:
     source = str(write_adapter(control.roots / adapter_id, seed=seed))
-    return await control.admin.create_adapter(adapter_id, base_model="tiny", source=source, wait=20)
+    return await control.admin.create_adapter(adapter_id, base_model="tiny", source=source, wait=MOST_SECONDS)
 
 
 async def test_a_weighted_sum_is_one_generation_that_names_all_its_adapters(setting: Setting) -> None:
@@ -189,7 +190,7 @@ async def test_the_series_of_an_adapter_end_with_it(setting: Setting) -> None:
         await create(control, "pirate", 0)
         for model in ("pirate", "poet", "pirate*0.7 + poet*0.3"):
             await stream(control, model)
-        await control.admin.delete_adapter("pirate", wait=20)
+        await control.admin.delete_adapter("pirate", wait=MOST_SECONDS)
     for name in ("gen_ai.server.request.duration", "gen_ai.client.token.usage"):
         points = setting.collector.points(name)
         assert {values(point.attributes)["gen_ai.request.model"] for point in points} == {poet.name}

@@ -25,6 +25,7 @@ from loraplex_service.telemetry.usage_files import UsageFiles
 from loraplex_service.telemetry.usage_reader import usage_records
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
 from tests.service.telemetry import usage_life
+from tests.waits import MOST_SECONDS
 
 RECORD = GenerationRecord(
     id="1",
@@ -135,7 +136,7 @@ async def test_a_cancelled_generation_has_its_tokens_until_then(control: Control
     while not (await anext(stream)).HasField("delta"):
         pass
     stream.cancel()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(MOST_SECONDS):
         while not records(control.roots / "usage.jsonl"):  # noqa: ASYNC110 - a file says nothing
             await asyncio.sleep(0)
     [record] = records(control.roots / "usage.jsonl")
@@ -355,7 +356,7 @@ async def test_a_file_that_takes_no_bytes_and_gives_no_error_stops_nobody(
     fill(held)
     usage = UsageConfig(file=str(pipe), max_waiting_records=3)
     async with control_plane(byte_tokenizer_directory, tmp_path, usage=usage) as control:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(MOST_SECONDS):
             for _ in range(3):
                 await control.client.generate("tiny", "abc", max_tokens=1)
             with pytest.raises(Unavailable) as raised:
@@ -397,7 +398,7 @@ async def test_while_no_more_records_may_wait_generations_are_refused(
 
 
 async def until(client: AsyncClient, service: str, serving: bool) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(MOST_SECONDS):
         while await client.is_serving(service) is not serving:  # noqa: ASYNC110 - Check is what is tested
             await asyncio.sleep(0)
 

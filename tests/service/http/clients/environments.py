@@ -19,6 +19,7 @@ from loraplex_service.http.dialects import TABLES
 from loraplex_service.http.failures import Refusal
 from loraplex_service.http.parameters import Draft, Table
 from tests.service.control_plane import ControlPlane, control_plane, write_adapter
+from tests.waits import MOST_SECONDS
 
 INSTALL_SECONDS = 300.0
 USE_SECONDS = 120.0
@@ -69,7 +70,7 @@ async def used(python: Path, script: str, *arguments: str) -> str:
 
 async def until_idle(control: ControlPlane) -> None:
     """Wait until the engine has forgotten all requests."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(MOST_SECONDS):
         while control.core().requests:  # noqa: ASYNC110 - the engine is a thread, and tells nobody
             await asyncio.sleep(0.01)
 
