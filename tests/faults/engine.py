@@ -10,14 +10,13 @@ import sys
 import threading
 from asyncio.subprocess import PIPE
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from unittest.mock import patch
 
 import msgspec
 
 from loraplex_engine import __main__ as entry
 from loraplex_engine.link.bus import EngineBus
-from loraplex_engine.link.load_report import LoadReport
 from loraplex_engine.link.messages import AddRequest, FromEngine, StepOutput, ToEngine
 from loraplex_engine.process import Core
 from loraplex_service.assembly import LaunchFor
@@ -122,8 +121,8 @@ def main() -> None:
     fuse = Fuse(Path(sys.argv.pop(1)))
     load_core = entry.load_core
 
-    def load_and_sabotage(config_json: bytes, report: LoadReport, bus: EngineBus) -> Core:
-        core = load_core(config_json, report, bus)
+    def load_and_sabotage(*arguments: Any) -> Core:
+        core = load_core(*arguments)
         sabotage(core, fuse)
         return core
 
