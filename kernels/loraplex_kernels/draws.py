@@ -110,6 +110,18 @@ class Draws:
         return found
 
     @cached_property
+    def columns(self) -> tuple[np.ndarray, ...]:
+        """What compiled functions are given of each row: all but seeds and positions, which are one number there."""
+        counts, *others = self.top_k, self.temperatures, self.top_p, self.min_p, self.typical_p
+        temperatures, *cuts = (each.astype(np.float64, copy=False) for each in others)
+        return temperatures, counts.astype(np.int64, copy=False), *cuts, self.numbers
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Where `columns` lie."""
+        return tuple(column.ctypes.data for column in self.columns)
+
+    @cached_property
     def numbers(self) -> np.ndarray:
         """The random number of each row."""
         return uniform(self.seeds, self.positions)

@@ -4,7 +4,6 @@ takes, and nothing else."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from loraplex_engine.drafting.account import Account
 from loraplex_engine.drafting.costs import StepCosts
@@ -130,7 +129,7 @@ class Drafting(Drafter):
             drafts = drafts[: request.form.num_allowed(drafts)]
         if not drafts or not self._blocks.grow(request, request.num_tokens + len(drafts)):
             return item
-        return replace(item, draft_token_ids=tuple(drafts))
+        return item._replace(draft_token_ids=tuple(drafts))
 
 
 def _decodes(item: ScheduledRequest) -> bool:

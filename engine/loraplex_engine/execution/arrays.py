@@ -37,7 +37,7 @@ class History(NamedTuple):
     sampling: SamplingParams
     num_prompt_tokens: int
     num_tokens: int  # of prompt and output: the position of the token to be drawn
-    counts: Counts  # of these tokens; empty: no parameter asks for them
+    counts: Counts = NO_COUNTS  # of these tokens; empty: no parameter asks for them
     green_seed: int = 0  # of its watermark, if it has one
 
     @classmethod
@@ -48,6 +48,8 @@ class History(NamedTuple):
     @classmethod
     def each(cls, request: Request, drafts: Sequence[int]) -> list[History]:
         """The history of the request, and that behind each of these drafts."""
+        if not drafts and not request.sampling.needs_history:  # as nearly all are, in each step
+            return [cls(request.request_id, request.sampling, request.num_prompt_tokens, len(request.token_ids))]
         counts = [NO_COUNTS] * (len(drafts) + 1)
         if request.sampling.needs_penalties:
             counts = [Counts(*(np.frombuffer(column, np.int64) for column in each)) for each in request.counts(drafts)]
@@ -72,7 +74,7 @@ class History(NamedTuple):
     @property
     def changes_logits(self) -> bool:
         """Whether anything is done to the row's logits before its token is drawn, a form's mask aside."""
-        return self.may_not_end or self.sampling.changes_logits
+        return self.sampling.changes_logits or self.may_not_end
 
 
 class Wanted(NamedTuple):
@@ -158,15 +160,8 @@ def step_arrays(plan: StepPlan, block_size: int, drafts_apart: bool = False) -> 
 
     bounds = [0, *accumulate(item.num_rows for item in scheduled)]
     ranges = _lora_ranges(scheduled, bounds)
-    num_drawn = tuple(1 + len(item.draft_token_ids) if item.samples else 0 for item in scheduled)
-    histories = tuple(
-        history
-        for item, drawn in zip(scheduled, num_drawn, strict=True)
-        if drawn
-        for history in History.each(item.request, item.draft_token_ids)
-    )
+    num_drawn, histories, drawn_rows = _drawn(scheduled, bounds)
     prompt_rows, targets = _prompt_targets(scheduled, bounds)
-    drawn_rows = [row for end, drawn in zip(bounds[1:], num_drawn, strict=True) for row in range(end - drawn, end)]
     pooled_rows, pooled = _pooled_rows(scheduled, bounds)
     logits_rows = drawn_rows + prompt_rows + pooled_rows
     return StepArrays(
@@ -181,8 +176,8 @@ def step_arrays(plan: StepPlan, block_size: int, drafts_apart: bool = False) -> 
         lora=ranges,
         logits_rows=np.array(logits_rows, dtype=np.int64),
         logits_lora=ranges if len(histories) == len(positions) else _ranges_of_rows(ranges, logits_rows),
-        num_drawn=num_drawn,
-        histories=histories,
+        num_drawn=tuple(num_drawn),
+        histories=tuple(histories),
         prompt_targets=targets,
         pooled=pooled,
         unread=_unread(scheduled, bounds),
@@ -214,6 +209,22 @@ def _sequences(scheduled: Sequence[ScheduledRequest], drafts_apart: bool) -> lis
     return found
 
 
+def _drawn(scheduled: Sequence[ScheduledRequest], bounds: Sequence[int]) -> tuple[list[int], list[History], list[int]]:
+    """How many tokens are drawn of each request, what each of them is drawn by, and its row."""
+    num_drawn: list[int] = []
+    histories: list[History] = []
+    rows: list[int] = []
+    for item, end in zip(scheduled, bounds[1:], strict=True):
+        if not item.samples:
+            num_drawn.append(0)
+            continue
+        found = History.each(item.request, item.draft_token_ids)
+        num_drawn.append(len(found))
+        histories += found
+        rows += range(end - len(found), end)
+    return num_drawn, histories, rows
+
+
 def _token_ids(scheduled: Sequence[ScheduledRequest]) -> np.ndarray:
     tokens: list[int] = []
     for item in scheduled:
@@ -222,7 +233,8 @@ def _token_ids(scheduled: Sequence[ScheduledRequest]) -> np.ndarray:
             tokens.append(item.request.token_ids[first])
         else:
             tokens.extend(item.request.token_ids[first : first + item.num_new_tokens])
-        tokens.extend(item.draft_token_ids)
+        if item.draft_token_ids:
+            tokens.extend(item.draft_token_ids)
     return np.array(tokens, dtype=np.int64)
 
 
@@ -231,7 +243,7 @@ def _unread(scheduled: Sequence[ScheduledRequest], bounds: Sequence[int]) -> tup
     return tuple(
         (end - 1, item.request.request_id)
         for item, end in zip(scheduled, bounds[1:], strict=True)
-        if item.catches_up and item.request.token_ids[-1] == UNREAD
+        if item.request.token_ids[-1] == UNREAD and item.catches_up
     )
 
 

@@ -195,6 +195,8 @@ def _forms(plan: StepPlan) -> Mapping[int, Form]:
 
     There is none behind a draft that is not of the form: it is not drawn, so nothing after it is kept.
     """
+    if all(item.request.form is None for item in plan.scheduled):
+        return NO_FORMS
     forms: dict[int, Form] = {}
     place = 0
     for item in plan.scheduled:
@@ -226,6 +228,8 @@ def _by_sequence(drawn: Sequence[SampledToken | None], step: StepArrays) -> tupl
 
     The draft in a token's place is in the request's next row.
     """
+    if step.num_drawn.count(1) == len(step.num_drawn):  # as in nearly all steps
+        return tuple(() if token is None else (token,) for token in drawn)
     sampled, start = [], 0
     for count in step.num_drawn:
         kept: list[SampledToken] = []

@@ -46,9 +46,9 @@ class Sampler:
 
         logits: float32 [S, V], row s belongs to histories[s]; may be overwritten.
         """
-        searched = [row for row, history in enumerate(histories) if history.sampling.num_candidates]
-        drawn = [row for row, history in enumerate(histories) if not history.sampling.num_candidates]
-        asked = [row for row in drawn if histories[row].sampling.num_logprobs is not None]
+        told = [row for row, history in enumerate(histories) if history.sampling.tells_more]
+        searched = [row for row in told if histories[row].sampling.num_candidates]
+        asked = [row for row in told if not histories[row].sampling.num_candidates]
         as_drawn = [row for row in asked if histories[row].sampling.processed_logprobs]
         as_given = [row for row in asked if not histories[row].sampling.processed_logprobs]
         on_device = self._on_device(as_given, as_drawn, searched)

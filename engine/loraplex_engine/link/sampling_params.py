@@ -2,6 +2,7 @@
 
 import sys
 from enum import IntEnum
+from functools import cached_property
 
 import msgspec
 
@@ -23,7 +24,7 @@ class FinishReason(IntEnum):
     ERROR = 7
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """How to choose the next token, and when to stop. The service has checked the ranges.
 
     The order in which they act: penalties and logit_bias, the watermark, then masks (allowed_token_ids, min_tokens,
@@ -66,16 +67,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         allowed = range(limit) if self.allowed_token_ids is None else self.allowed_token_ids
         return any(token < limit and token not in endings for token in allowed)
 
-    @property
+    @cached_property  # this and the next ones: each step asks for them, for each of its rows
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
 
-    @property
+    @cached_property
+    def tells_more(self) -> bool:
+        """Whether anything is told of a row besides its token."""
+        return self.num_logprobs is not None or self.num_candidates > 0
+
+    @cached_property
     def changes_logits(self) -> bool:
         """Whether parameters change a row's logits, `min_tokens` aside, which does so for a while."""
         other = bool(self.logit_bias) or self.allowed_token_ids is not None or self.watermark is not None
         return other or self.needs_penalties
 
-    @property
+    @cached_property
+    def needs_history(self) -> bool:
+        """Whether a row's token depends on the tokens before it, besides by its logits."""
+        return self.needs_penalties or self.watermark is not None
+
+    @cached_property
     def needs_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

@@ -153,7 +153,7 @@ class BlockManager:
             child.num_computed_tokens = parent.num_computed_tokens
 
     def publish(self, request: Request, num_tokens: int) -> None:
-        """Let others find the request's full blocks among its first `num_tokens` tokens.
+        """Let others find the request's full blocks among its first `num_tokens` tokens, of those that are read.
 
         May be called before those tokens are computed, as long as they are computed in the same step: a layer stores
         all keys and values of a step before it reads any.
@@ -164,6 +164,7 @@ class BlockManager:
         first_new = request.num_computed_tokens // self.block_size
         if num_full == first_new:
             return
+        num_full = min(num_tokens, request.num_read_tokens) // self.block_size
         hashes = self._hashes(request, num_full)
         for index in range(first_new, num_full):
             self.name(request.block_ids[index], hashes[index])

@@ -59,6 +59,7 @@ class Request:
         "copied_block",
         "deadline",
         "drafts",
+        "draws",
         "embedded",
         "finish_reason",
         "first_scheduled_time",
@@ -88,6 +89,7 @@ class Request:
         sampling = message.sampling
         self.request_id = message.request_id
         self.sampling: SamplingParams = sampling
+        self.draws = sampling.max_tokens > 0  # whether tokens are drawn; else it ends once its prompt is computed
         self.adapter: AdapterKey | None = message.adapter
         self.cache_salt = message.cache_salt
         self.bypass_prefix_cache = message.bypass_prefix_cache
@@ -183,8 +185,7 @@ class Request:
     def is_foreseeable(self) -> bool:
         """Whether what its next step needs of the token before is its place alone, besides the token on the device."""
         sampling = self.sampling
-        reads_tokens = sampling.needs_penalties or sampling.watermark is not None
-        return not (reads_tokens or self.form_key or self.search or self.pooling or self.drafts.most)
+        return not (sampling.needs_history or self.form_key or self.search or self.pooling or self.drafts.most)
 
     def expect_token(self, max_model_len: int) -> None:
         """Have a place for the token that is being drawn, if another may follow it."""
@@ -241,15 +242,16 @@ class Request:
 
     def _end(self, token_id: int, max_model_len: int) -> FinishReason | None:
         """Why the request ends with this token, which is its last now; None: it goes on."""
-        sampling = self.sampling
-        if self.num_output_tokens >= sampling.min_tokens:
+        sampling, num_tokens = self.sampling, len(self.token_ids)
+        num_output_tokens = num_tokens - self.num_prompt_tokens
+        if num_output_tokens >= sampling.min_tokens:
             if token_id in sampling.eos_token_ids:
                 return FinishReason.EOS
             if token_id in sampling.stop_token_ids:
                 return FinishReason.STOP
-        if self.num_output_tokens >= sampling.max_tokens:
+        if num_output_tokens >= sampling.max_tokens:
             return FinishReason.MAX_TOKENS
-        if self.num_tokens >= max_model_len:
+        if num_tokens >= max_model_len:
             return FinishReason.CONTEXT_LIMIT
         return None
 
@@ -268,11 +270,6 @@ class Request:
         if self.sampling.num_prompt_logprobs is None:
             return self.num_tokens - 1
         return min(self.num_tokens, max(self.sampling.prompt_logprobs_from, 1)) - 1
-
-    @property
-    def draws(self) -> bool:
-        """Whether tokens are drawn; else the request ends once its prompt is computed."""
-        return self.sampling.max_tokens > 0
 
     @property
     def num_output_tokens(self) -> int:

@@ -175,7 +175,7 @@ class Scheduler:
             budget -= num_new
 
     def _scheduled(self, request: Request, num_new: int) -> ScheduledRequest:
-        self.blocks.publish(request, min(request.num_computed_tokens + num_new, request.num_read_tokens))
+        self.blocks.publish(request, request.num_computed_tokens + num_new)
         if request.copied_block is None:
             return ScheduledRequest(request, request.num_computed_tokens, num_new)
         copied = request.copied_block, request.block_ids[request.num_computed_tokens // self.blocks.block_size]
@@ -243,18 +243,20 @@ class Scheduler:
         """Take in what a step computed: append tokens, finish requests, and say what each one got."""
         outputs, self._outputs = self._outputs, []
         self.drafter.learn(plan, result)
+        prompt_logprobs, pooled = result.prompt_logprobs, result.pooled
         for item, sampled in zip(plan.scheduled, result.sampled, strict=True):
-            request = item.request
-            if request.leader.state is RequestState.RUNNING:
+            request, state = item.request, item.request.leader.state
+            if state is RequestState.RUNNING:
                 request.num_computed_tokens = item.num_computed_tokens + item.num_new_tokens
-            elif request.leader.state is RequestState.FINISHED or request.request_id in result.not_finite:
+            elif state is RequestState.FINISHED or request.request_id in result.not_finite:
                 continue  # it ended before this was read, or it was preempted and will fail when it is computed again
             num_prompt_left = request.num_prompt_tokens - item.num_computed_tokens
-            self.prompt_tokens += max(0, min(item.num_new_tokens, num_prompt_left))
-            if request.request_id in result.prompt_logprobs:
-                request.take_prompt_logprobs(item.num_computed_tokens + 1, result.prompt_logprobs[request.request_id])
-            if request.request_id in result.pooled:
-                request.take_pooled(result.pooled[request.request_id])
+            if num_prompt_left > 0:
+                self.prompt_tokens += min(item.num_new_tokens, num_prompt_left)
+            if request.request_id in prompt_logprobs:
+                request.take_prompt_logprobs(item.num_computed_tokens + 1, prompt_logprobs[request.request_id])
+            if request.request_id in pooled:
+                request.take_pooled(pooled[request.request_id])
             if request.search is not None:
                 if sampled:
                     outputs += self._take_candidates(request, request.search, sampled[0])
@@ -276,12 +278,6 @@ class Scheduler:
         first = request.num_output_tokens == 0
         token_ids = [token.token_id for token in sampled]
         count, reason, stop_token_id = request.take_tokens(token_ids, self.max_model_len)
-        num_accepted = min(len(item.draft_token_ids), count - 1)
-        self._keep_drafts(request, num_accepted)
-        self.draft_tokens += len(item.draft_token_ids)
-        self.accepted_draft_tokens += num_accepted
-        self.generated_tokens += count
-        self.waiting.charge(request, output_tokens=count)
         output = RequestOutput(
             request_id=request.request_id,
             token_ids=token_ids[:count],
@@ -289,8 +285,10 @@ class Scheduler:
             stop_token_id=stop_token_id,
             logprobs=[token.logprobs for token in sampled[:count] if token.logprobs is not None] or None,
             num_drafts=len(item.draft_token_ids),
-            num_accepted_drafts=num_accepted,
+            num_accepted_drafts=self._keep_drafts(item, count - 1) if item.draft_token_ids else 0,
         )
+        self.generated_tokens += count
+        self.waiting.charge(request, output_tokens=count)
         if reason is not None:
             self._finish(request, reason)
         return request.with_beginning(output) if first else output
@@ -320,11 +318,14 @@ class Scheduler:
         self._finish(leader, found[0].finish_reason or FinishReason.MAX_TOKENS)
         return [leader.with_beginning(output) for output in found]
 
-    def _keep_drafts(self, request: Request, count: int) -> None:
-        """Count as computed the drafts that were drawn, too, and let others find their blocks."""
-        if count:
-            self.blocks.publish(request, request.num_computed_tokens + count)
-            request.num_computed_tokens += count
+    def _keep_drafts(self, item: ScheduledRequest, num_before_last: int) -> int:
+        """Count as computed the drafts that were drawn, and let others find their blocks. Returns their number."""
+        num_accepted = min(len(item.draft_token_ids), num_before_last)
+        self.draft_tokens += len(item.draft_token_ids)
+        self.accepted_draft_tokens += num_accepted
+        self.blocks.publish(item.request, item.request.num_computed_tokens + num_accepted)
+        item.request.num_computed_tokens += num_accepted
+        return num_accepted
 
     def _expire(self) -> None:
         """Finish the requests whose own time limit has passed, in any state, with the tokens that they have."""

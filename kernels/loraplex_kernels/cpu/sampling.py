@@ -38,13 +38,8 @@ class CpuSampling(TorchSampling):
         succeed(self.library.mark(self.library.context, *where, *(each.ctypes.data for each in columns)))
 
     def draw_tokens(self, logits: Tensor, draws: Draws) -> Tensor:
-        columns = (
-            *(draws.temperatures.astype(np.float64, copy=False), draws.top_k.astype(np.int64, copy=False)),
-            *(each.astype(np.float64, copy=False) for each in (draws.top_p, draws.min_p, draws.typical_p)),
-            draws.numbers,
-        )
         tokens = torch.empty(len(logits), dtype=torch.int64)
-        where = address(logits), *logits.shape, *(column.ctypes.data for column in columns)
+        where = address(logits), *logits.shape, *draws.addresses
         succeed(self.library.draw_tokens(self.library.context, *where, tokens.data_ptr()))
         return tokens
 

@@ -7,7 +7,6 @@ else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ class Drafter:
             count = min(left, self.max_model_len - item.request.num_tokens) if item.samples else 0
             drafts = tuple(self.guess(item.request.token_ids)[:count])
             if self.blocks.grow(item.request, item.request.num_tokens + len(drafts)):
-                item, left = replace(item, draft_token_ids=drafts), left - len(drafts)
+                item, left = item._replace(draft_token_ids=drafts), left - len(drafts)
             scheduled.append(item)
         self.num_drafted += BUDGET - plan.num_tokens - left
         return StepPlan(tuple(scheduled))

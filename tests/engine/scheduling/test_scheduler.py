@@ -1,7 +1,6 @@
 """The scheduler's policy and its invariants, without a model: a fake runner makes up the tokens."""
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -375,7 +374,7 @@ def update_with_drafts(bench: Bench, drafts: tuple[int, ...], drawn: tuple[int, 
     [item] = bench.scheduler.schedule().scheduled
     assert bench.blocks.grow(item.request, item.request.num_tokens + len(drafts))
     sampled = tuple(SampledToken(token, None) for token in drawn)
-    bench.scheduler.update(StepPlan((replace(item, draft_token_ids=drafts),)), StepResult((sampled,), {}))
+    bench.scheduler.update(StepPlan((item._replace(draft_token_ids=drafts),)), StepResult((sampled,), {}))
 
 
 def test_drafts_that_were_drawn_are_computed_already_and_their_blocks_found():
