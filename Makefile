@@ -56,7 +56,8 @@ gpu-check:  ## on a machine with a GPU, with its own Python: tests, kernels and 
 
 gpu-packages:  ## wheels of what gpu-check needs and such a machine may lack, for its Python; bring the folder there
 	for version in 3.11 3.12 3.13; do $(PYTHON) -m pip download --quiet --no-deps --only-binary :all: \
-		--platform manylinux2014_x86_64 --python-version $$version --dest gpu-packages msgspec llguidance || exit 1; done
+		--platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 --python-version $$version \
+		--dest gpu-packages msgspec llguidance pyzmq || exit 1; done
 
 docs: $(VENV)/.installed  ## the documentation as a site, into build/site
 	$(INSTALL) --editable ".[docs]"

@@ -4,8 +4,8 @@
 
 Writes DIR/gpu_check.json and DIR/gpu_check.md after each part, so that an interrupted run keeps what it has. Ends with
 status 1 if a test failed or a part was left out. Needs torch, triton, numpy, safetensors, pytest, transformers, peft,
-msgspec and llguidance, and nothing of the service. A machine with a GPU has most of them; what it lacks is taken from
-the wheels in --packages, which `make gpu-packages` fetches where there is a package index.
+msgspec, llguidance and pyzmq, and nothing of the service. A machine with a GPU has most of them; what it lacks is
+taken from the wheels in --packages, which `make gpu-packages` fetches where there is a package index.
 
 --interpret runs the same on the CPU under Triton's interpreter with tiny shapes: it shows that the script works, and
 its times mean nothing.
@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = [
     str(ROOT / folder) for folder in ("service", "engine", "adapters", "kernels")
 ]  # it runs where nothing is installed
-NEEDED = ("torch", "triton", "numpy", "safetensors", "pytest", "transformers", "peft", "msgspec", "llguidance")
+NEEDED = ("torch", "triton", "numpy", "safetensors", "pytest", "transformers", "peft", "msgspec", "llguidance", "pyzmq")
+IMPORTED_AS = {"pyzmq": "zmq"}
 TESTS = (
     "tests/kernels/test_triton_codes.py",
     "tests/kernels/test_triton_quantized.py",
@@ -70,7 +71,7 @@ def main() -> int:
 
 
 def missing_packages() -> list[str]:
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    return [name for name in NEEDED if importlib.util.find_spec(IMPORTED_AS.get(name, name)) is None]
 
 
 def take_from_wheels(names: list[str], wheels: Path, folder: str) -> list[str]:

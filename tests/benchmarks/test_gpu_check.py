@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
 BARE = ("torch", "triton", "transformers", "peft", "grpcio", "numpy", "safetensors", "tokenizers", "pytest", "pip")
-CARRIED = ("msgspec", "llguidance")
+CARRIED = ("msgspec", "llguidance", "pyzmq")
 # Imported by Python as it starts, and so by each process that it starts: finds what is not hidden.
 HIDE = """
 import sys
