@@ -36,6 +36,8 @@ NOT_RUN = {
     "loraplex quantize": "needs the extra quantize, in an environment of its own",
     "lm_eval": "fetches lm-eval, and its task from the hub",
     "guidellm": "needs an environment of its own; test_http_clients.py runs it as it stands there",
+    "openssl rand -hex 32 > machines.secret": "is for several machines; test_machines.py writes such a file",
+    "loraplex follow": "waits for another machine; test_machines.py runs it beside a server",
     "source <(loraplex completion zsh)": "is for another shell than the one that runs this",
 }
 

@@ -35,8 +35,8 @@ async def test_several_prompts_are_forgotten_together(plane: DataPlane, caller: 
     await plane.engine.until_idle()
 
 
-async def leave_often(plane: DataPlane, caller: Caller, times: int, at_once: int = 50) -> None:
-    """Callers that leave in the middle of their streams, some at a time."""
+async def leave_often(plane: DataPlane, caller: Caller, times: int, at_once: int = 10) -> None:
+    """Callers that leave in the middle of their streams, some at a time: no more than the model has places for."""
 
     async def one() -> None:
         another = Caller(caller.door, caller.clients, "demo")
