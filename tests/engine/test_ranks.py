@@ -90,6 +90,7 @@ class Bench:
             key, path = written(folder, dora)
             self.core.want_adapter(WantAdapter(key, 1, str(path), least=Residency.DEVICE))
             self.adapters.append(key)
+        self.engine.finish()  # until both are there: no test depends on those before it
 
     def ask(self, count: int = 12) -> dict[int, tuple[Any, ...]]:
         """What each of so many requests is told, some of which arrive while others run."""
