@@ -19,7 +19,7 @@ from loraplex_service.requests.sampling import wants_logprobs
 from loraplex_service.text import Tokenizer
 from loraplex_service.text.errors import TextError, TooManyTokensError
 
-LOGPROBS_AT_ONCE = 256  # of an answer, before other tasks get a turn: a millisecond
+LOGPROBS_AT_ONCE = 256  # of an answer, before other tasks get a turn: half a millisecond
 TOP_BYTES = 9  # of one of the likeliest tokens at a place, at least, but for one of them
 NAMED_BYTES = 4  # of the log-probability of a named token
 
