@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,8 @@ from loraplex_engine.following import adapter_files
 from loraplex_engine.following.adapter_files import FetchedFiles
 from loraplex_engine.following.other_machines import OtherMachines
 from loraplex_engine.link import machines
-from loraplex_engine.link.config import EngineConfig
 from loraplex_engine.link.curve import Handshakes
 from loraplex_engine.link.machines import (
-    LOOPBACK,
     TO_MACHINE,
     Follow,
     Here,
@@ -32,30 +29,10 @@ from loraplex_engine.link.machines import (
     read_frames,
     release,
 )
-from loraplex_engine.ranks.group import RanksLostError
+from tests.engine.following.first_machine import CONFIG, SECRET, First, until
 
-SECRET = b"0123456789abcdef" * 2
 PATIENCE_MILLISECONDS = 20_000
-CONFIG = EngineConfig(model="/model", tensor_parallel=4, machines=2, device="cpu")
 HERE = Here(1, 2, "10.0.0.6", "one", "", {})
-
-
-class First:
-    """A first machine with a clock of its own."""
-
-    def __init__(self) -> None:
-        with socket.create_server((LOOPBACK, 0)) as free:
-            self.meeting = Meeting(LOOPBACK, free.getsockname()[1], SECRET)
-        self.now = 0.0
-        self.machines = OtherMachines(self.meeting, CONFIG, 1, lambda: self.now)
-
-    def lost(self) -> str:
-        """What `check` says."""
-        try:
-            self.machines.check()
-        except RanksLostError as error:
-            return str(error)
-        return ""
 
 
 @pytest.fixture
@@ -105,16 +82,6 @@ def second(first: First) -> Iterator[Second]:
     second = Second(first.meeting)
     yield second
     second.close()
-
-
-def until(done: Callable[[], object]) -> None:
-    """Wait for what another thread does."""
-    pause = threading.Event()
-    for _ in range(400):
-        if done():
-            return
-        pause.wait(0.05)
-    pytest.fail("it never came about")
 
 
 def test_a_machine_is_told_what_to_load_and_again_what_it_missed(first: First, second: Second) -> None:
